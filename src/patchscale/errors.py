@@ -1,0 +1,13 @@
+"""The two ways a run can end early that are not bugs."""
+
+
+class UserError(ValueError):
+    """Something the caller gave is wrong: the message names the thing, its value and the way out.
+
+    A ``ValueError``, so that code which calls the library can catch it as one. The command line prints the message as
+    one line and exits with 2.
+    """
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on (a non-finite loss, say): the message names the step and the last good checkpoint."""

@@ -1,0 +1,501 @@
+"""Adventurer: images as causal sequences, scanned by Mamba-2 in linear time.
+
+- *Adventurer: Optimizing Vision Mamba Architecture Designs for Efficiency*, arXiv 2410.07599
+- *Scaling Laws in Patchification: An Image Is Worth 50,176 Tokens And More*, arXiv 2502.03738
+
+Parameter names are those of the published checkpoints. The models are registered with timm:
+``timm.create_model("adventurer_base_patch16_224")``.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+
+from patchscale.errors import UserError
+from patchscale.models.mixer import NORM_EPS, Mamba2Mixer
+from patchscale.models.tokens import PatchEmbed, Size, grid_size, resize_pos_embed
+
+Flip = Literal["alternate", "pairs", "released"]
+
+# Which blocks scan from the right. The paper draws a flip after every block; the published code's `n // 2 == 1` flips
+# blocks 2 and 3 alone, which its author calls a bug (issue 6 of wangf3014/Adventurer) that either other rule mends.
+FLIP_RULES: dict[str, Callable[[int], bool]] = {
+    "alternate": lambda n: n % 2 == 1,
+    "pairs": lambda n: (n // 2) % 2 == 1,
+    "released": lambda n: n // 2 == 1,
+}
+GLOBAL_POOLS = ("token", "avg", "")
+MLP_RATIO = 2.5
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1 x) * w2 x), hidden width 2.5 times the model's, all three with bias."""
+
+    def __init__(self, embed_dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        hidden = int(embed_dim * MLP_RATIO)
+        self.w1 = nn.Linear(embed_dim, hidden, **dd)
+        self.w2 = nn.Linear(embed_dim, hidden, **dd)
+        self.w3 = nn.Linear(hidden, embed_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., embed_dim) -> (..., embed_dim)."""
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class Block(nn.Module):
+    """Token mixer, then channel mixer, each behind an RMS norm and added to the stream."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        d_state: int,
+        headdim: int,
+        expand: int,
+        reverse: bool,
+        drop_path: float,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
+        self.mixer = Mamba2Mixer(embed_dim, d_state, headdim, expand, reverse, **dd)
+        self.norm_mlp = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
+        self.mlp = SwiGLU(embed_dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, patches + 1, embed_dim) -> the same."""
+        x = x + self.drop_path(self.mixer(self.norm(x)))
+        return x + self.drop_path(self.mlp(self.norm_mlp(x)))
+
+
+class Adventurer(nn.Module):
+    """The Adventurer backbone and classifier, with timm's model contract.
+
+    Tokens are the patches in reading order, then the class token, *last*: ``num_prefix_tokens`` is 0. The state dict
+    has the published keys.
+
+    Args:
+        img_size: image height and width, or one number for both.
+        patch_size: patch height and width, or one number; it must divide the image.
+        in_chans: image channels.
+        num_classes: classes of the head; 0 for none.
+        global_pool: ``"token"`` (the class token), ``"avg"`` (the mean of the patches) or ``""`` (all tokens).
+        embed_dim: width.
+        depth: blocks.
+        d_state: state size of the scan.
+        headdim: channels of one scan head.
+        expand: inner width of the mixer over ``embed_dim``.
+        flip: which blocks scan from the right: ``"alternate"`` (every second one, what the paper draws),
+            ``"pairs"`` (two by two) or ``"released"`` (blocks 2 and 3 alone, what the published code runs).
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth. As published, block i of n drops with
+            ``([0] + linspace(0, drop_path_rate, n))[i]``, so the full rate is never reached.
+        dynamic_img_size: accept any image that the patch divides, resampling positions on the fly.
+
+    Raises:
+        UserError: sizes that do not fit each other, or an unknown ``flip`` or ``global_pool``.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        d_state: int = 64,
+        headdim: int = 64,
+        expand: int = 2,
+        flip: Flip = "alternate",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        dynamic_img_size: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in {"embed_dim": embed_dim, "depth": depth, "in_chans": in_chans}.items():
+            if value < 1:
+                raise UserError(f"{name} is {value}, expected at least 1")
+        _check_choice("flip", flip, FLIP_RULES)
+        _check_choice("global_pool", global_pool, GLOBAL_POOLS)
+        dd = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_prefix_tokens = 0
+        self.num_suffix_tokens = 1
+        self.global_pool = global_pool
+        self.flip = flip
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
+        patches = math.prod(grid_size(img_size, patch_size))
+        self.pos_embed = nn.Parameter(torch.empty(1, patches + 1, embed_dim, **dd))
+        self.patch_embed = PatchEmbed(
+            img_size,
+            patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            strict_img_size=not dynamic_img_size,
+            **dd,
+        )
+        drop_path_rates = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()]
+        self.layers = nn.Sequential(
+            *(
+                Block(embed_dim, d_state, headdim, expand, FLIP_RULES[flip](i), drop_path_rates[i], **dd)
+                for i in range(depth)
+            )
+        )
+        self.feature_info = [
+            {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": max(self.patch_embed.patch_size)}
+            for i in range(depth)
+        ]
+        self.norm_f = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, needs_reset: bool = False) -> None:
+        """The published initialisation; ``needs_reset`` also redraws what modules drew for themselves.
+
+        As measured on the published code: patch embedding normal with 1.137 / sqrt(fan in) (timm 0.4.12's
+        ``lecun_normal_``, whose truncation never bites), tables and head normal with 0.02, linear biases zero, each
+        mixer's output projection divided by sqrt(depth), everything else PyTorch's default.
+        """
+        if needs_reset:
+            for module in self.modules():
+                if module is not self and hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+        proj = self.patch_embed.proj
+        nn.init.normal_(proj.weight, std=1.137 / math.sqrt(proj.weight[0].numel()))
+        nn.init.zeros_(proj.bias)
+        nn.init.normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=0.02)
+        for block in self.layers:
+            block.mixer.out_proj.weight /= math.sqrt(len(self.layers))
+            for linear in (block.mlp.w1, block.mlp.w2, block.mlp.w3):
+                nn.init.zeros_(linear.bias)
+        _init_head(self.head)
+
+    def set_flip(self, flip: Flip) -> None:
+        """Change the rule by which blocks scan from the right.
+
+        Raises:
+            UserError: an unknown rule.
+        """
+        _check_choice("flip", flip, FLIP_RULES)
+        self.flip = flip
+        for i, block in enumerate(self.layers):
+            block.mixer.reverse = FLIP_RULES[flip](i)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters, beside those of one dimension, that weight decay skips (as published)."""
+        return {"pos_embed", "cls_token"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into depth groups, for layer decay."""
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of storing what it computed."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the model a fresh head, and a new ``global_pool`` if one is given.
+
+        Raises:
+            UserError: an unknown ``global_pool``.
+        """
+        if global_pool is not None:
+            _check_choice("global_pool", global_pool, GLOBAL_POOLS)
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        dd = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
+        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        _init_head(self.head)
+        self.head.train(self.training)
+
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+        """Change the image size and the patch size of the model, weights included.
+
+        The patch embedding is resized by pseudo-inverse, positions by bicubic resampling, the class entry kept.
+
+        Raises:
+            UserError: the patch does not divide the image.
+        """
+        old_grid = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size, patch_size)
+        resized = resize_pos_embed(self.pos_embed.data, old_grid, self.patch_embed.grid_size)
+        self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+        for info in self.feature_info:
+            info["reduction"] = max(self.patch_embed.patch_size)
+        update_model_input_size(self, self.patch_embed.img_size, patch_size=self.patch_embed.patch_size)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> (batch, patches + 1, embed_dim), with positions."""
+        tokens = self.patch_embed(x)
+        positions = self.pos_embed
+        if self.dynamic_img_size:
+            positions = resize_pos_embed(positions, self.patch_embed.grid_size, tuple(tokens.shape[1:3]))
+        tokens = tokens.flatten(1, 2)
+        return torch.cat([tokens, self.cls_token.expand(tokens.shape[0], -1, -1)], dim=1) + positions
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> (batch, patches + 1, embed_dim), normed, the class token last."""
+        x = self._embed(x)
+        x = checkpoint_seq(self.layers, x) if self.grad_checkpointing else self.layers(x)
+        return self.norm_f(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool what ``forward_features`` gave and classify it; ``pre_logits`` stops before the classifier."""
+        if self.global_pool == "token":
+            x = x[:, -1]
+        elif self.global_pool == "avg":
+            x = x[:, :-1].mean(dim=1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> (batch, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Any]:
+        """The patch tokens after chosen blocks, for dense prediction; timm's contract.
+
+        Args:
+            x: (batch, channels, height, width).
+            indices: the last n blocks if a number, these blocks if a list, all if None.
+            return_prefix_tokens: give (patches, class token) pairs, the class token as (batch, 1, embed_dim). timm's
+                word; here the class token is the sequence's suffix.
+            norm: apply the final norm to each.
+            stop_early: do not run the blocks after the last one asked for.
+            output_fmt: ``"NCHW"``, (batch, embed_dim, rows, columns), or ``"NLC"``, (batch, patches, embed_dim).
+            intermediates_only: leave out the final features.
+            output_dict: give ``image_features``, ``image_intermediates`` and ``image_intermediates_prefix``.
+
+        Returns:
+            (final features as ``forward_features`` gives them, intermediates), unless asked otherwise.
+
+        Raises:
+            UserError: an unknown ``output_fmt``.
+        """
+        _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        take, last = feature_take_indices(len(self.layers), indices)
+        rows, columns = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        x = self._embed(x)
+        taken = []
+        for i, block in enumerate(self.layers[: last + 1] if stop_early else self.layers):
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            if i in take:
+                taken.append(self.norm_f(x) if norm else x)
+
+        class_tokens = [t[:, -1:] for t in taken]
+        patches = [t[:, :-1] for t in taken]
+        if output_fmt == "NCHW":
+            patches = [p.transpose(1, 2).unflatten(2, (rows, columns)).contiguous() for p in patches]
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": patches}
+            if return_prefix_tokens:
+                result["image_intermediates_prefix"] = class_tokens
+            if not intermediates_only:
+                result["image_features"] = self.norm_f(x)
+            return result
+        intermediates = list(zip(patches, class_tokens, strict=True)) if return_prefix_tokens else patches
+        return intermediates if intermediates_only else (self.norm_f(x), intermediates)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | list[int] | tuple[int, ...] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Tensor]:
+        """DINO's interface to :meth:`forward_intermediates`."""
+        return self.forward_intermediates(
+            x,
+            n if isinstance(n, int) else list(n),
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks after the last one that ``indices`` asks for; returns the indices as positive numbers."""
+        take, last = feature_take_indices(len(self.layers), indices)
+        self.layers = self.layers[: last + 1]
+        if prune_norm:
+            self.norm_f = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+
+def _check_choice(name: str, value: str, choices) -> None:
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}, expected one of {', '.join(repr(c) for c in choices)}")
+
+
+def _init_head(head: nn.Module) -> None:
+    if isinstance(head, nn.Linear):
+        nn.init.normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+
+
+# The names: adventurer_{size}_patch{P}_{image size}. The name without an image size is the published code's, at 224.
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"embed_dim": 256, "depth": 12},
+    "small": {"embed_dim": 512, "depth": 12},
+    "base": {"embed_dim": 768, "depth": 12},
+    "large": {"embed_dim": 1024, "depth": 24},
+    "huge": {"embed_dim": 1280, "depth": 32},
+}
+PATCH_SIZES = (32, 16, 8, 4, 2, 1)
+IMG_SIZES = (64, 128, 224, 384, 448)
+DEFAULT_IMG_SIZE = 224
+
+# Published checkpoints and their ImageNet-1k top-1 in percent, from the two repositories' tables of models; each file
+# is NAME.pth in the Hugging Face repository of the same name.
+PUBLISHED: dict[str, dict[str, float]] = {
+    "Wangf3014/Adventurer": {
+        "adventurer_tiny_patch16_224": 78.2,
+        "adventurer_small_patch16_224": 81.8,
+        "adventurer_base_patch16_224": 82.6,
+        "adventurer_large_patch16_224": 83.4,
+        "adventurer_base_patch8_224": 83.9,
+        "adventurer_base_patch16_384": 84.2,
+        "adventurer_base_patch16_448": 84.3,
+        "adventurer_base_patch8_448": 84.8,
+    },
+    "Wangf3014/Patch_Scaling": {
+        "adventurer_base_patch1_224": 84.6,
+        "adventurer_small_patch1_224": 83.8,
+        "adventurer_tiny_patch1_224": 81.9,
+        "adventurer_base_patch1_128": 82.4,
+        "adventurer_small_patch1_128": 81.4,
+        "adventurer_tiny_patch1_128": 80.7,
+        "adventurer_base_patch1_64": 80.9,
+        "adventurer_small_patch1_64": 80.5,
+        "adventurer_tiny_patch1_64": 77.4,
+    },
+}
+
+
+def evaluation_crop(patch_size: int, img_size: int) -> float:
+    """The published centre-crop ratio: 0.875 for patches of 16 up to 224 px and at 64 px, else 1."""
+    return 0.875 if img_size <= 64 or (patch_size >= 16 and img_size <= 224) else 1.0
+
+
+def published_top1(name: str) -> float | None:
+    """Published ImageNet-1k top-1 in percent of a model by name, None where no weights are published."""
+    return next((table[name] for table in PUBLISHED.values() if name in table), None)
+
+
+def _pretrained_cfg(name: str, patch_size: int, img_size: int) -> dict[str, Any]:
+    cfg: dict[str, Any] = {
+        "num_classes": 1000,
+        "input_size": (3, img_size, img_size),
+        "fixed_input_size": True,
+        "pool_size": None,
+        "crop_pct": evaluation_crop(patch_size, img_size),
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    for repository, models in PUBLISHED.items():
+        if name in models:
+            cfg |= {
+                "hf_hub_id": repository,
+                "hf_hub_filename": f"{name}.pth",
+                "custom_load": "hf",
+                "paper_ids": "arXiv:2410.07599" if repository.endswith("Adventurer") else "arXiv:2502.03738",
+                "origin_url": f"https://huggingface.co/{repository}",
+            }
+    return cfg
+
+
+default_cfgs: dict[str, Any] = {}
+
+
+def _register(name: str, size: str, patch_size: int, img_size: int, cfg_name: str) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs) -> Adventurer:
+        arguments: dict[str, Any] = {"patch_size": patch_size, **SIZES[size]}
+        if pretrained:
+            # What the published evaluation ran; see `patchscale eval --flip auto`.
+            arguments["flip"] = "released"
+        return build_model_with_cfg(
+            Adventurer,
+            name,
+            pretrained,
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **(arguments | kwargs),
+        )
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f"Adventurer-{size.capitalize()}, {patch_size} x {patch_size} patches, {img_size} px."
+    default_cfgs.update(generate_default_cfgs({cfg_name: _pretrained_cfg(f"{name}", patch_size, img_size)}))
+    setattr(sys.modules[__name__], name, register_model(entrypoint))
+
+
+def _register_all() -> None:
+    for size in SIZES:
+        for patch_size in PATCH_SIZES:
+            for img_size in IMG_SIZES:
+                name = f"adventurer_{size}_patch{patch_size}_{img_size}"
+                _register(name, size, patch_size, img_size, name)
+            short = f"adventurer_{size}_patch{patch_size}"
+            _register(short, size, patch_size, DEFAULT_IMG_SIZE, short)
+
+
+_register_all()

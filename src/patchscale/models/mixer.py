@@ -1,0 +1,92 @@
+"""Adventurer's token mixer: Mamba-2 with the average of all tokens as its opening state."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from patchscale.errors import UserError
+from patchscale.ops import causal_conv1d, gated_rms_norm, ssd_scan
+
+CONV_WIDTH = 4
+NORM_EPS = 1e-5
+
+
+@register_notrace_module
+class Mamba2Mixer(nn.Module):
+    """(batch, patches + 1, embed_dim) -> the same; the last token is the class token, scanned last.
+
+    Equal to the published order (prepend the mean token, flip the patches, scan, flip back, drop the first output)
+    without any of its copies: the mean token's whole effect on the others is the state it leaves and its place in the
+    convolution's history; a flip is a scan from the right.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        d_state: int = 64,
+        headdim: int = 64,
+        expand: int = 2,
+        reverse: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        d_inner = expand * embed_dim
+        if d_inner % headdim:
+            raise UserError(
+                f"expand * embed_dim is {expand} * {embed_dim} = {d_inner}, which headdim {headdim} does not divide; "
+                f"choose embed_dim a multiple of {headdim // math.gcd(headdim, expand)}"
+            )
+        dd = {"device": device, "dtype": dtype}
+        self.d_inner, self.d_state, self.headdim = d_inner, d_state, headdim
+        self.nheads = d_inner // headdim
+        self.reverse = reverse
+        conv_dim = d_inner + 2 * d_state
+        self.in_proj = nn.Linear(embed_dim, d_inner + conv_dim + self.nheads, bias=False, **dd)
+        self.conv1d = nn.Conv1d(conv_dim, conv_dim, CONV_WIDTH, groups=conv_dim, **dd)  # holds weights, is not called
+        self.dt_bias = nn.Parameter(torch.empty(self.nheads, **dd))
+        self.A_log = nn.Parameter(torch.empty(self.nheads, **dd))
+        self.D = nn.Parameter(torch.empty(self.nheads, **dd))
+        self.norm = nn.RMSNorm(d_inner, eps=NORM_EPS, **dd)  # holds a weight, is not called
+        self.out_proj = nn.Linear(d_inner, embed_dim, bias=False, **dd)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A uniform in 1 to 16, steps log-uniform in 0.001 to 0.1 (mamba-ssm's defaults), D and norm 1."""
+        for module in (self.in_proj, self.conv1d, self.norm, self.out_proj):
+            module.reset_parameters()
+        self.A_log.uniform_(1, 16).log_()
+        dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
+        dt += torch.log(-torch.expm1(-dt))  # the inverse of softplus
+        self.D.fill_(1)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(batch, patches + 1, embed_dim) -> (batch, patches + 1, embed_dim)."""
+        z, xBC, dt = self._project(u)
+        # in_proj is linear: the projection of the mean is the mean of the projections.
+        _, mean_xBC, mean_dt = self._project(u.mean(1, keepdim=True))
+        A = -torch.exp(self.A_log.to(dt.dtype))
+        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+
+        mean_x, mean_B, _ = self._split(causal_conv1d(mean_xBC, taps, bias))
+        written = mean_x.to(A.dtype) * mean_dt[..., None]
+        state = written[:, 0, :, :, None] * mean_B[:, 0, None, None].to(A.dtype)
+
+        history = F.pad(mean_xBC, (0, 0, CONV_WIDTH - 2, 0))
+        xBC = causal_conv1d(xBC, taps, bias, history=history, reverse=self.reverse, suffix=1)
+        x, B, C = self._split(xBC)
+        y, _ = ssd_scan(x, dt, A, B, C, self.D, initial_state=state, reverse=self.reverse, suffix=1)
+        return self.out_proj(gated_rms_norm(y.flatten(2), z, self.norm.weight, self.norm.eps))
+
+    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gate, what the convolution takes, and the step sizes (float32 at least)."""
+        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.d_inner + 2 * self.d_state, self.nheads], dim=-1)
+        return z, xBC, F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)
+
+    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        return x.unflatten(-1, (self.nheads, self.headdim)), B, C

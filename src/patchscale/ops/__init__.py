@@ -1,0 +1,7 @@
+"""Operators on token sequences, (batch, tokens, channels), that know no model."""
+
+from patchscale.ops.conv import causal_conv1d
+from patchscale.ops.norm import gated_rms_norm
+from patchscale.ops.scan import ssd_scan
+
+__all__ = ["causal_conv1d", "gated_rms_norm", "ssd_scan"]
