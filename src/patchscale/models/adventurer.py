@@ -10,12 +10,11 @@ Parameter names are those of the published checkpoints. The models are registere
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -28,8 +27,10 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from patchscale.errors import UserError
-from patchscale.models.mixer import NORM_EPS, Mamba2Mixer
-from patchscale.models.tokens import PatchEmbed, Size, grid_size, resize_pos_embed
+from patchscale.models.block import NORM_EPS, Block
+from patchscale.models.published import DEFAULT_IMG_SIZE, IMG_SIZES, PATCH_SIZES, PUBLISHED, SIZES, evaluation_crop
+from patchscale.models.tokens import PatchEmbed, Size, fit_tokens, grid_size, resize_pos_embed
+from patchscale.models.weight_files import download, fill, read_checkpoint
 
 Flip = Literal["alternate", "pairs", "released"]
 
@@ -41,51 +42,6 @@ FLIP_RULES: dict[str, Callable[[int], bool]] = {
     "released": lambda n: n // 2 == 1,
 }
 GLOBAL_POOLS = ("token", "avg", "")
-MLP_RATIO = 2.5
-
-
-class SwiGLU(nn.Module):
-    """w3(silu(w1 x) * w2 x), hidden width 2.5 times the model's, all three with bias."""
-
-    def __init__(self, embed_dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        hidden = int(embed_dim * MLP_RATIO)
-        self.w1 = nn.Linear(embed_dim, hidden, **dd)
-        self.w2 = nn.Linear(embed_dim, hidden, **dd)
-        self.w3 = nn.Linear(hidden, embed_dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., embed_dim) -> (..., embed_dim)."""
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
-
-
-class Block(nn.Module):
-    """Token mixer, then channel mixer, each behind an RMS norm and added to the stream."""
-
-    def __init__(
-        self,
-        embed_dim: int,
-        d_state: int,
-        headdim: int,
-        expand: int,
-        reverse: bool,
-        drop_path: float,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
-        self.mixer = Mamba2Mixer(embed_dim, d_state, headdim, expand, reverse, **dd)
-        self.norm_mlp = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
-        self.mlp = SwiGLU(embed_dim, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, patches + 1, embed_dim) -> the same."""
-        x = x + self.drop_path(self.mixer(self.norm(x)))
-        return x + self.drop_path(self.mlp(self.norm_mlp(x)))
 
 
 class Adventurer(nn.Module):
@@ -202,6 +158,10 @@ class Adventurer(nn.Module):
                 nn.init.zeros_(linear.bias)
         _init_head(self.head)
 
+    def load_pretrained(self, path: str) -> None:
+        """Fill the model from a published file; timm calls this. A head of other classes keeps its own weights."""
+        fill(self, read_checkpoint(path), strict=False)
+
     def set_flip(self, flip: Flip) -> None:
         """Change the rule by which blocks scan from the right.
 
@@ -213,12 +173,10 @@ class Adventurer(nn.Module):
         for i, block in enumerate(self.layers):
             block.mixer.reverse = FLIP_RULES[flip](i)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters, beside those of one dimension, that weight decay skips (as published)."""
         return {"pos_embed", "cls_token"}
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into depth groups, for layer decay."""
         return {
@@ -226,12 +184,10 @@ class Adventurer(nn.Module):
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
         }
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of storing what it computed."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The head."""
         return self.head
@@ -391,55 +347,6 @@ def _init_head(head: nn.Module) -> None:
         nn.init.zeros_(head.bias)
 
 
-# The names: adventurer_{size}_patch{P}_{image size}. The name without an image size is the published code's, at 224.
-SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"embed_dim": 256, "depth": 12},
-    "small": {"embed_dim": 512, "depth": 12},
-    "base": {"embed_dim": 768, "depth": 12},
-    "large": {"embed_dim": 1024, "depth": 24},
-    "huge": {"embed_dim": 1280, "depth": 32},
-}
-PATCH_SIZES = (32, 16, 8, 4, 2, 1)
-IMG_SIZES = (64, 128, 224, 384, 448)
-DEFAULT_IMG_SIZE = 224
-
-# Published checkpoints and their ImageNet-1k top-1 in percent, from the two repositories' tables of models; each file
-# is NAME.pth in the Hugging Face repository of the same name.
-PUBLISHED: dict[str, dict[str, float]] = {
-    "Wangf3014/Adventurer": {
-        "adventurer_tiny_patch16_224": 78.2,
-        "adventurer_small_patch16_224": 81.8,
-        "adventurer_base_patch16_224": 82.6,
-        "adventurer_large_patch16_224": 83.4,
-        "adventurer_base_patch8_224": 83.9,
-        "adventurer_base_patch16_384": 84.2,
-        "adventurer_base_patch16_448": 84.3,
-        "adventurer_base_patch8_448": 84.8,
-    },
-    "Wangf3014/Patch_Scaling": {
-        "adventurer_base_patch1_224": 84.6,
-        "adventurer_small_patch1_224": 83.8,
-        "adventurer_tiny_patch1_224": 81.9,
-        "adventurer_base_patch1_128": 82.4,
-        "adventurer_small_patch1_128": 81.4,
-        "adventurer_tiny_patch1_128": 80.7,
-        "adventurer_base_patch1_64": 80.9,
-        "adventurer_small_patch1_64": 80.5,
-        "adventurer_tiny_patch1_64": 77.4,
-    },
-}
-
-
-def evaluation_crop(patch_size: int, img_size: int) -> float:
-    """The published centre-crop ratio: 0.875 for patches of 16 up to 224 px and at 64 px, else 1."""
-    return 0.875 if img_size <= 64 or (patch_size >= 16 and img_size <= 224) else 1.0
-
-
-def published_top1(name: str) -> float | None:
-    """Published ImageNet-1k top-1 in percent of a model by name, None where no weights are published."""
-    return next((table[name] for table in PUBLISHED.values() if name in table), None)
-
-
 def _pretrained_cfg(name: str, patch_size: int, img_size: int) -> dict[str, Any]:
     cfg: dict[str, Any] = {
         "num_classes": 1000,
@@ -458,7 +365,6 @@ def _pretrained_cfg(name: str, patch_size: int, img_size: int) -> dict[str, Any]
             cfg |= {
                 "hf_hub_id": repository,
                 "hf_hub_filename": f"{name}.pth",
-                "custom_load": "hf",
                 "paper_ids": "arXiv:2410.07599" if repository.endswith("Adventurer") else "arXiv:2502.03738",
                 "origin_url": f"https://huggingface.co/{repository}",
             }
@@ -468,24 +374,44 @@ def _pretrained_cfg(name: str, patch_size: int, img_size: int) -> dict[str, Any]
 default_cfgs: dict[str, Any] = {}
 
 
-def _register(name: str, size: str, patch_size: int, img_size: int, cfg_name: str) -> None:
+def _register(name: str, size: str, patch_size: int, img_size: int, published_name: str) -> None:
     def entrypoint(pretrained: bool = False, **kwargs) -> Adventurer:
         arguments: dict[str, Any] = {"patch_size": patch_size, **SIZES[size]}
-        if pretrained:
-            # What the published evaluation ran; see `patchscale eval --flip auto`.
-            arguments["flip"] = "released"
+        if pretrained and not kwargs.get("pretrained_cfg") and not kwargs.get("pretrained_cfg_overlay"):
+            file = _download_published(name, published_name, kwargs.get("cache_dir"))
+            # The flip rule is what the published evaluation runs; see `patchscale eval --flip auto`.
+            arguments |= {"flip": "released", "pretrained_cfg_overlay": {"file": str(file), "custom_load": True}}
         return build_model_with_cfg(
             Adventurer,
             name,
             pretrained,
+            pretrained_filter_fn=_checkpoint_filter_fn,
             feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-            **(arguments | kwargs),
+            **(arguments | {k: v for k, v in kwargs.items() if v is not None}),
         )
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f"Adventurer-{size.capitalize()}, {patch_size} x {patch_size} patches, {img_size} px."
-    default_cfgs.update(generate_default_cfgs({cfg_name: _pretrained_cfg(f"{name}", patch_size, img_size)}))
+    default_cfgs.update(generate_default_cfgs({name: _pretrained_cfg(published_name, patch_size, img_size)}))
     setattr(sys.modules[__name__], name, register_model(entrypoint))
+
+
+def _download_published(name: str, published_name: str, cache_dir: str | None) -> Path:
+    repository = next((r for r, models in PUBLISHED.items() if published_name in models), None)
+    if repository is None:
+        names = ", ".join(name for models in PUBLISHED.values() for name in models)
+        raise UserError(
+            f"no weights were published for {name}; create one that has some and call set_input_size on it, or pass "
+            f"pretrained=False. Published: {names}"
+        )
+    return download(repository, f"{published_name}.pth", cache_dir)
+
+
+def _checkpoint_filter_fn(weights: dict[str, Tensor], model: Adventurer) -> dict[str, Tensor]:
+    """What timm calls on weights it has read itself (``hf-hub:`` and ``local-dir:`` models)."""
+    weights = dict(weights)
+    fit_tokens(model, weights)
+    return weights
 
 
 def _register_all() -> None:
@@ -494,8 +420,8 @@ def _register_all() -> None:
             for img_size in IMG_SIZES:
                 name = f"adventurer_{size}_patch{patch_size}_{img_size}"
                 _register(name, size, patch_size, img_size, name)
-            short = f"adventurer_{size}_patch{patch_size}"
-            _register(short, size, patch_size, DEFAULT_IMG_SIZE, short)
+                if img_size == DEFAULT_IMG_SIZE:
+                    _register(f"adventurer_{size}_patch{patch_size}", size, patch_size, img_size, name)
 
 
 _register_all()

@@ -3,12 +3,14 @@
 Image sizes, patch sizes and grids are (height, width).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed as TimmPatchEmbed
 from timm.layers import resample_patch_embed, to_2tuple
-from timm.models import register_notrace_module
-from torch import Tensor
+from timm.models import adapt_input_conv, register_notrace_module
+from torch import Tensor, nn
 
 from patchscale.errors import UserError
 
@@ -124,3 +126,39 @@ def resize_pos_embed(
     resized = F.interpolate(image.float(), size=new_grid, mode="bicubic", align_corners=False).to(pos_embed.dtype)
     grid = resized.permute(0, 2, 3, 1).flatten(1, 2)
     return torch.cat([grid, entry] if class_token == "last" else [entry, grid], dim=1)
+
+
+def fit_tokens(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Fit a state dict's image channels, patch size and positions to a model of the same width, in place.
+
+    Raises:
+        UserError: the positions must be resized and their grid is not square.
+    """
+    own = model.state_dict()
+    kernel, wanted = weights.get("patch_embed.proj.weight"), own.get("patch_embed.proj.weight")
+    if kernel is None or wanted is None or kernel.ndim != 4 or kernel.shape[0] != wanted.shape[0]:
+        return
+    if kernel.shape[1] != wanted.shape[1]:
+        kernel = adapt_input_conv(wanted.shape[1], kernel, base_chans=kernel.shape[1])
+    if kernel.shape[2:] != wanted.shape[2:]:
+        kernel = resize_patch_embed(kernel, (wanted.shape[2], wanted.shape[3]))
+    weights["patch_embed.proj.weight"] = kernel
+    positions = weights.get("pos_embed")
+    if positions is not None and positions.shape[1] != own["pos_embed"].shape[1]:
+        side = square_side(positions.shape[1] - 1)
+        weights["pos_embed"] = resize_pos_embed(positions, (side, side), model.patch_embed.grid_size)
+
+
+def square_side(patches: int) -> int:
+    """The rows of a square grid of this many patches.
+
+    Raises:
+        UserError: there is none.
+    """
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise UserError(
+            f"the file's position table has {patches} patches, which make no square grid: create the model with the "
+            "image size and patch size of the file, load, then call set_input_size"
+        )
+    return side

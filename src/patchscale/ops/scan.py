@@ -1,6 +1,5 @@
 """The state-space-dual scan of Mamba-2 (arXiv 2405.21060), for one B and C shared by all heads."""
 
-import torch
 from torch import Tensor
 
 from patchscale.errors import UserError

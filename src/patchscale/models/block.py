@@ -1,9 +1,10 @@
-"""Adventurer's token mixer: Mamba-2 with the average of all tokens as its opening state."""
+"""Adventurer's block: a Mamba-2 token mixer that opens with the average of all tokens, then a SwiGLU."""
 
 import math
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from patchscale.errors import UserError
 from patchscale.ops import causal_conv1d, gated_rms_norm, ssd_scan
 
 CONV_WIDTH = 4
+MLP_RATIO = 2.5
 NORM_EPS = 1e-5
 
 
@@ -90,3 +92,47 @@ class Mamba2Mixer(nn.Module):
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         return x.unflatten(-1, (self.nheads, self.headdim)), B, C
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1 x) * w2 x), hidden width 2.5 times the model's, all three with bias."""
+
+    def __init__(self, embed_dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        hidden = int(embed_dim * MLP_RATIO)
+        self.w1 = nn.Linear(embed_dim, hidden, **dd)
+        self.w2 = nn.Linear(embed_dim, hidden, **dd)
+        self.w3 = nn.Linear(hidden, embed_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., embed_dim) -> (..., embed_dim)."""
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class Block(nn.Module):
+    """Token mixer, then channel mixer, each behind an RMS norm and added to the stream."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        d_state: int,
+        headdim: int,
+        expand: int,
+        reverse: bool,
+        drop_path: float,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
+        self.mixer = Mamba2Mixer(embed_dim, d_state, headdim, expand, reverse, **dd)
+        self.norm_mlp = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
+        self.mlp = SwiGLU(embed_dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, patches + 1, embed_dim) -> the same."""
+        x = x + self.drop_path(self.mixer(self.norm(x)))
+        return x + self.drop_path(self.mlp(self.norm_mlp(x)))

@@ -1,0 +1,42 @@
+"""Writing files so that none is ever half-written."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from patchscale.errors import UserError
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and see that files can be written to it.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(f"cannot write to {folder}: {e.strerror}; choose another place") from e
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` with a temporary name, flush it to disk and rename it, so that ``path`` is never half-written.
+
+    Raises:
+        UserError: the file system refuses (a full disk, say); ``path`` is then as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e}") from e
+    except (RuntimeError, ValueError) as e:  # torch's and safetensors' words for a full disk
+        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}") from e
+    finally:
+        temporary.unlink(missing_ok=True)

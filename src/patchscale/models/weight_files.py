@@ -1,0 +1,213 @@
+"""Weight files: found, read without running anyone's code, and put into a model."""
+
+import argparse
+import json
+import os
+import pathlib
+import pickle
+import pickletools
+import re
+import urllib.error
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import safetensors
+import torch
+from timm.models._hub import download_cached_file
+from torch import Tensor, nn
+
+from patchscale.errors import UserError
+from patchscale.models.tokens import fit_tokens
+
+Which = Literal["model", "ema"]
+
+# Types a checkpoint may name beside tensors and plain containers: they hold values and run nothing. Published files
+# carry their command line as a Namespace, and a PosixPath in it where Slurm started them.
+_INERT_TYPES: list[Any] = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    (pathlib.PosixPath, "pathlib._local.PosixPath"),
+    (pathlib.PurePosixPath, "pathlib._local.PurePosixPath"),
+]
+_STATE_KEYS: dict[str, tuple[str, ...]] = {
+    "model": ("model", "state_dict"),
+    "ema": ("model_ema", "state_dict_ema"),
+}
+
+
+class Checkpoint(NamedTuple):
+    """A file's content: one set of weights, and everything else it says."""
+
+    weights: dict[str, Tensor]
+    extra: dict[str, Any]
+    path: Path
+
+    @property
+    def flip(self) -> str | None:
+        """The flip rule these weights were trained or published with, None if the file does not tell."""
+        config = self.extra.get("model_args") or {}
+        if "flip" in config:
+            return config["flip"]
+        # Files of the published code hold its command line; that code runs one rule only.
+        return "released" if isinstance(self.extra.get("args"), argparse.Namespace) else None
+
+
+def read_checkpoint(source: str | os.PathLike, which: Which = "model") -> Checkpoint:
+    """Read a weight file; arguments and errors as :func:`load_weights`."""
+    if which not in _STATE_KEYS:
+        raise UserError(f"which is {which!r}, expected one of {', '.join(map(repr, _STATE_KEYS))}")
+    path = _locate(source)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    extra: dict[str, Any] = {}
+    weights: Any = content
+    holders = {key for keys in _STATE_KEYS.values() for key in keys}
+    if holders & content.keys():
+        weights = next((content[key] for key in _STATE_KEYS[which] if content.get(key) is not None), None)
+        extra = {k: v for k, v in content.items() if k not in holders}
+        if weights is None:
+            there = sorted(w for w, keys in _STATE_KEYS.items() if any(content.get(k) is not None for k in keys))
+            raise UserError(f"{path} has no {which!r} weights; it has {', '.join(map(repr, there)) or 'none'}")
+    elif which == "ema":
+        raise UserError(f"{path} holds one set of weights, no moving average; load it with which='model'")
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()) or not weights:
+        raise UserError(f"{path} is not a checkpoint: expected a mapping of names to tensors")
+    weights = {k.removeprefix("module."): v for k, v in weights.items()}
+    return Checkpoint(weights, extra, path)
+
+
+def fill(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> None:
+    """Put a checkpoint's weights into a model; arguments and errors as :func:`load_weights`."""
+    weights = dict(checkpoint.weights)
+    own = model.state_dict()
+    fit_tokens(model, weights)
+    head_keys = [k for k in weights if k.split(".")[0] == "head"]
+    refit_head = not any(k.startswith("head.") for k in own) or (
+        not strict and any(k in own and own[k].shape != weights[k].shape for k in head_keys)
+    )
+    for key in head_keys if refit_head else ():
+        del weights[key]
+    problems = [
+        f"{k} is {tuple(weights[k].shape)} in the file and {tuple(own[k].shape)} in the model"
+        for k in own
+        if k in weights and own[k].shape != weights[k].shape
+    ]
+    problems += [f"{k} is missing from the file" for k in own if k not in weights and not (refit_head and "head." in k)]
+    problems += [f"{k} is not in the model" for k in weights if k not in own]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        way_out = (
+            "give the model the same num_classes, or pass strict=False to keep its own head"
+            if problems[0].startswith("head.")
+            else "create the model with the sizes of the file (patchscale.create_from_checkpoint does)"
+        )
+        raise UserError(f"{checkpoint.path} does not fit the model: {problems[0]}{more}; {way_out}")
+    model.load_state_dict(weights, strict=False)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            metadata = file.metadata() or {}
+        extra = {"model_args": json.loads(metadata["model_args"])} if "model_args" in metadata else {}
+    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as e:
+        raise UserError(f"{path} is not a whole safetensors file ({e}): copy or download it again") from e
+    return {"model": weights, **extra}
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals(_INERT_TYPES):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        named = _forbidden_global(path, str(e))
+        if named:
+            raise UserError(
+                f"{path} is refused: loading it would run {named}; nothing but tensors and plain values is ever "
+                "unpickled. If you trust its author, have them save the state dict alone, or as safetensors"
+            ) from e
+        raise UserError(f"{path} is not a checkpoint, or not a whole one: copy or download it again") from e
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as e:
+        raise UserError(
+            f"{path} is not a whole checkpoint ({str(e).splitlines()[0] if str(e) else type(e).__name__}): "
+            "copy or download it again"
+        ) from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a mapping of tensors")
+    return content
+
+
+def _forbidden_global(path: Path, message: str) -> str | None:
+    """The globals that a file names and that are not allowed, without running any."""
+    try:
+        with torch.serialization.safe_globals(_INERT_TYPES):
+            named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError):
+        named = []  # not a zip file: an old checkpoint, or a bare pickle
+    if named:
+        return ", ".join(named)
+    match = re.search(r"GLOBAL\s+`?([\w.]+\.\w+)", message)
+    return match[1] if match else _first_global_of_bare_pickle(path)
+
+
+def _first_global_of_bare_pickle(path: Path) -> str | None:
+    strings: list[str] = []
+    try:
+        with open(path, "rb") as file:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name in ("GLOBAL", "INST"):
+                    return str(argument).replace(" ", ".")
+                if opcode.name == "STACK_GLOBAL":
+                    return ".".join(strings[-2:])
+                if isinstance(argument, str):
+                    strings.append(argument)
+    except (ValueError, IndexError, UnicodeDecodeError):
+        pass  # not a pickle at all
+    return None
+
+
+def _locate(source: str | os.PathLike) -> Path:
+    text, path = str(source), Path(source)
+    if path.is_dir():
+        found = path / "model.safetensors"
+        if found.exists():
+            return found
+        weights = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
+        if len(weights) == 1:
+            return weights[0]
+        raise UserError(f"{path} holds {len(weights)} weight files; name one of them")
+    if path.exists():
+        return path
+    if text.startswith(("http://", "https://")):
+        try:
+            return Path(download_cached_file(text, check_hash=False))
+        except (urllib.error.URLError, OSError) as e:
+            raise UserError(
+                f"cannot download {text} ({e}): fetch it where there is a network, then give its path"
+            ) from e
+    parts = text.removeprefix("hf-hub:").split("/")
+    names_a_file = path.suffix in (".pth", ".pt", ".safetensors")
+    if len(parts) == (3 if names_a_file else 2) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", "/".join(parts)):
+        return download("/".join(parts[:2]), parts[2] if names_a_file else "model.safetensors")
+    raise UserError(f"no such weight file: {text}")
+
+
+def download(repository: str, filename: str, cache_dir: str | os.PathLike | None = None) -> Path:
+    """A file of a Hugging Face Hub repository, from the cache where it is there.
+
+    Raises:
+        UserError: no such file, or no network; the message gives the URL.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    url = f"https://huggingface.co/{repository}/resolve/main/{filename}"
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, filename, cache_dir=cache_dir))
+    except LocalEntryNotFoundError as e:
+        raise UserError(
+            f"cannot reach the Hugging Face Hub for {url}: fetch it where there is a network, then give its path"
+        ) from e
+    except (EntryNotFoundError, HfHubHTTPError) as e:
+        raise UserError(f"{url}: {str(e).splitlines()[0]}") from e

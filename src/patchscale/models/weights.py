@@ -1,0 +1,164 @@
+"""Weights in and out of a model: load them, make the model a file belongs to, write them for timm and the Hub."""
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from timm.layers import to_2tuple
+from timm.models import model_entrypoint
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+from patchscale.errors import UserError
+from patchscale.files import make_folder, write_atomically
+from patchscale.models.adventurer import Adventurer
+from patchscale.models.published import IMG_SIZES, PATCH_SIZES, SIZES
+from patchscale.models.tokens import square_side
+from patchscale.models.weight_files import Checkpoint, Which, fill, read_checkpoint
+
+_logger = logging.getLogger(__name__)
+
+def load_weights(
+    model: nn.Module, source: str | os.PathLike, *, which: Which = "model", strict: bool = True
+) -> nn.Module:
+    """Load weights into a model, resizing patches and positions to its own patch size and image size.
+
+    Args:
+        model: the model to fill, in place.
+        source: a ``.pth`` of the published code, one of this library's or timm's checkpoints, a ``.safetensors``, a
+            folder with one, a URL, or a Hugging Face Hub id (``"user/name"`` or ``"user/name/file"``).
+        which: the trained weights, or their exponential moving average where the file has one.
+        strict: refuse a head of another number of classes; if False, the model keeps its own head then.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: no such file, not a checkpoint, a file that would run code, or tensors that do not fit (which one,
+            and both shapes).
+    """
+    checkpoint = read_checkpoint(source, which)
+    fill(model, checkpoint, strict)
+    if isinstance(model, Adventurer) and checkpoint.flip not in (None, model.flip):
+        _logger.warning(
+            "%s goes with flip=%r, the model has flip=%r: create it with flip=%r, or let `patchscale eval --flip auto` "
+            "choose on labelled images",
+            checkpoint.path.name,
+            checkpoint.flip,
+            model.flip,
+            checkpoint.flip,
+        )
+    return model
+
+
+def infer_model_args(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The constructor arguments of the Adventurer that a state dict belongs to, read off its tensors' shapes.
+
+    The grid is taken to be square.
+
+    Raises:
+        UserError: the tensors are not an Adventurer's.
+    """
+    try:
+        embed_dim, in_chans, *patch = weights["patch_embed.proj.weight"].shape
+        heads = weights["layers.0.mixer.A_log"].shape[0]
+        d_inner = weights["layers.0.mixer.norm.weight"].shape[0]
+        d_state = (weights["layers.0.mixer.conv1d.weight"].shape[0] - d_inner) // 2
+        grid = square_side(weights["pos_embed"].shape[1] - 1)
+        depth = 1 + max(int(m[1]) for k in weights if (m := re.match(r"layers\.(\d+)\.", k)))
+        return {
+            "img_size": (grid * patch[0], grid * patch[1]),
+            "patch_size": tuple(patch),
+            "in_chans": in_chans,
+            "num_classes": weights["head.weight"].shape[0] if "head.weight" in weights else 0,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "d_state": d_state,
+            "headdim": d_inner // heads,
+            "expand": d_inner // embed_dim,
+        }
+    except (KeyError, ValueError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"these weights are not an Adventurer's: {e} is missing or of another shape") from e
+
+
+def create_from_checkpoint(checkpoint: Checkpoint, **overrides: Any) -> Adventurer:
+    """The model that a checkpoint holds, with its weights.
+
+    Sizes come from the tensors, the rest (flip rule, pooling, a non-square image) from what the file records of its
+    model; ``overrides`` come before both.
+
+    Raises:
+        UserError: the tensors are not an Adventurer's.
+    """
+    recorded = checkpoint.extra.get("model_args") or {}
+    if {"img_size", "patch_size"} <= recorded.keys():
+        # A recorded image size tells a grid that is not square from one that is.
+        arguments = dict(recorded)
+    else:
+        arguments = infer_model_args(checkpoint.weights) | {"flip": checkpoint.flip or "alternate"}
+    arguments |= overrides
+    name = architecture_name(arguments)
+    model = model_entrypoint(name)(**arguments)
+    model._model_args = arguments
+    fill(model, checkpoint)
+    return model
+
+
+def architecture_name(arguments: dict[str, Any]) -> str:
+    """The registered name with these sizes, or, for sizes of one's own, one that takes them as arguments."""
+    size = next(
+        (n for n, s in SIZES.items() if (arguments.get("embed_dim"), arguments.get("depth")) == tuple(s.values())),
+        "tiny",
+    )
+    patch, image = to_2tuple(arguments["patch_size"]), to_2tuple(arguments["img_size"])
+    patch_part = patch[0] if patch[0] == patch[1] and patch[0] in PATCH_SIZES else 16
+    image_part = image[0] if image[0] == image[1] and image[0] in IMG_SIZES else 224
+    return f"adventurer_{size}_patch{patch_part}_{image_part}"
+
+
+def convert(source: str | os.PathLike, destination: str | os.PathLike, which: Which = "model") -> list[Path]:
+    """Write a checkpoint as safetensors with the ``config.json`` beside it that timm's loaders read.
+
+    Args:
+        source: as in :func:`load_weights`.
+        destination: a ``.safetensors`` file, or a folder, where the file is called ``model.safetensors``.
+        which: as in :func:`load_weights`.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: as in :func:`load_weights`; or a ``config.json`` of other weights is in the way.
+    """
+    destination = Path(destination)
+    target = destination if destination.suffix == ".safetensors" else destination / "model.safetensors"
+    config_path = target.with_name("config.json")
+    others = sorted(p.name for p in target.parent.glob("*.safetensors") if p != target)
+    if config_path.exists() and others:
+        raise UserError(
+            f"{config_path} describes {', '.join(others)} in the same folder; write to a folder of its own"
+        )
+    model = create_from_checkpoint(read_checkpoint(source, which))
+    # timm rebuilds the model from these: what the checkpoint's own record and its tensors say.
+    model_args = {k: list(v) if isinstance(v, tuple) else v for k, v in model._model_args.items()}
+    make_folder(target.parent)
+
+    def write_config(path: Path) -> None:
+        save_config_for_hf(model, str(path), model_args=model_args)
+
+    def write_weights(path: Path) -> None:
+        metadata = {"format": "pt", "model_args": json.dumps(model_args)}
+        tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+
+    write_atomically(target, write_weights)
+    write_atomically(config_path, write_config)
+    return [target, config_path]
+
+
