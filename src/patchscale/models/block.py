@@ -74,14 +74,15 @@ class Mamba2Mixer(nn.Module):
         A = -torch.exp(self.A_log.to(dt.dtype))
         taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
 
-        mean_x, mean_B, _ = self._split(causal_conv1d(mean_xBC, taps, bias))
+        # Nothing comes before the mean token: of the convolution it meets the last tap alone.
+        mean_x, mean_B, _ = self._split(F.silu(mean_xBC * taps[:, -1] + bias))
         written = mean_x.to(A.dtype) * mean_dt[..., None]
         state = written[:, 0, :, :, None] * mean_B[:, 0, None, None].to(A.dtype)
 
         history = F.pad(mean_xBC, (0, 0, CONV_WIDTH - 2, 0))
         xBC = causal_conv1d(xBC, taps, bias, history=history, reverse=self.reverse, suffix=1)
         x, B, C = self._split(xBC)
-        y, _ = ssd_scan(x, dt, A, B, C, self.D, initial_state=state, reverse=self.reverse, suffix=1)
+        y, _ = ssd_scan(x, dt, A, B, C, self.D, initial_state=state, reverse=self.reverse, suffix=1, final_state=False)
         return self.out_proj(gated_rms_norm(y.flatten(2), z, self.norm.weight, self.norm.eps))
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

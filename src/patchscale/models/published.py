@@ -40,7 +40,9 @@ PUBLISHED: dict[str, dict[str, float]] = {
 
 
 def evaluation_crop(patch_size: int, img_size: int) -> float:
-    """The published centre-crop ratio: 0.875 for patches of 16 up to 224 px and at 64 px, else 1."""
+    """The published centre-crop ratio: 0.875 for patches of 16 up to 224 px and at 64 px, else 1 (up to 32 px too)."""
+    if img_size <= 32:
+        return 1.0
     return 0.875 if img_size <= 64 or (patch_size >= 16 and img_size <= 224) else 1.0
 
 

@@ -58,7 +58,7 @@ def read_checkpoint(source: str | os.PathLike, which: Which = "model") -> Checkp
     if which not in _STATE_KEYS:
         raise UserError(f"which is {which!r}, expected one of {', '.join(map(repr, _STATE_KEYS))}")
     path = _locate(source)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     extra: dict[str, Any] = {}
     weights: Any = content
     holders = {key for keys in _STATE_KEYS.values() for key in keys}
@@ -110,13 +110,18 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safetensors.safe_open(path, "pt") as file:
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = file.metadata() or {}
-        extra = {"model_args": json.loads(metadata["model_args"])} if "model_args" in metadata else {}
+        extra = json.loads(metadata.get("patchscale", "{}"))
     except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as e:
         raise UserError(f"{path} is not a whole safetensors file ({e}): copy or download it again") from e
     return {"model": weights, **extra}
 
 
-def _read_pickle(path: Path) -> dict[str, Any]:
+def read_pickle(path: Path) -> dict[str, Any]:
+    """Everything in a file that torch.save wrote, tensors and plain values alone.
+
+    Raises:
+        UserError: not a whole checkpoint, or one that would run code.
+    """
     try:
         with torch.serialization.safe_globals(_INERT_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)

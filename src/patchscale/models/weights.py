@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import timm
 from timm.layers import to_2tuple
-from timm.models import model_entrypoint
+from timm.models import get_model_args
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from patchscale.models.tokens import square_side
 from patchscale.models.weight_files import Checkpoint, Which, fill, read_checkpoint
 
 _logger = logging.getLogger(__name__)
+
 
 def load_weights(
     model: nn.Module, source: str | os.PathLike, *, which: Which = "model", strict: bool = True
@@ -87,25 +89,25 @@ def infer_model_args(weights: dict[str, Tensor]) -> dict[str, Any]:
         raise UserError(f"these weights are not an Adventurer's: {e} is missing or of another shape") from e
 
 
-def create_from_checkpoint(checkpoint: Checkpoint, **overrides: Any) -> Adventurer:
+def create_from_checkpoint(checkpoint: Checkpoint, **overrides: Any) -> nn.Module:
     """The model that a checkpoint holds, with its weights.
 
-    Sizes come from the tensors, the rest (flip rule, pooling, a non-square image) from what the file records of its
-    model; ``overrides`` come before both.
+    Name and arguments are those that the file records. Where it records none (a published file), the model is an
+    Adventurer with the sizes of the tensors, and the flip rule of the code that wrote it.
+
+    Args:
+        checkpoint: what :func:`read_checkpoint` gave.
+        overrides: constructor arguments that come before the file's.
 
     Raises:
-        UserError: the tensors are not an Adventurer's.
+        UserError: the file records no model and its tensors are not an Adventurer's.
     """
-    recorded = checkpoint.extra.get("model_args") or {}
-    if {"img_size", "patch_size"} <= recorded.keys():
-        # A recorded image size tells a grid that is not square from one that is.
-        arguments = dict(recorded)
-    else:
+    arguments = checkpoint.extra.get("model_args")
+    if arguments is None:
         arguments = infer_model_args(checkpoint.weights) | {"flip": checkpoint.flip or "alternate"}
-    arguments |= overrides
-    name = architecture_name(arguments)
-    model = model_entrypoint(name)(**arguments)
-    model._model_args = arguments
+    arguments = arguments | overrides
+    name = checkpoint.extra.get("model_name") or architecture_name(arguments)
+    model = timm.create_model(name, **arguments)
     fill(model, checkpoint)
     return model
 
@@ -141,24 +143,20 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike, which: Wh
     config_path = target.with_name("config.json")
     others = sorted(p.name for p in target.parent.glob("*.safetensors") if p != target)
     if config_path.exists() and others:
-        raise UserError(
-            f"{config_path} describes {', '.join(others)} in the same folder; write to a folder of its own"
-        )
+        raise UserError(f"{config_path} describes {', '.join(others)} in the same folder; write to a folder of its own")
     model = create_from_checkpoint(read_checkpoint(source, which))
-    # timm rebuilds the model from these: what the checkpoint's own record and its tensors say.
-    model_args = {k: list(v) if isinstance(v, tuple) else v for k, v in model._model_args.items()}
+    model_args = get_model_args(model)  # what timm rebuilds the model from
     make_folder(target.parent)
 
     def write_config(path: Path) -> None:
-        save_config_for_hf(model, str(path), model_args=model_args)
+        save_config_for_hf(model, str(path))
 
     def write_weights(path: Path) -> None:
-        metadata = {"format": "pt", "model_args": json.dumps(model_args)}
+        record = {"model_name": model.pretrained_cfg["architecture"], "model_args": model_args}
+        metadata = {"format": "pt", "patchscale": json.dumps(record)}
         tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
         safetensors.torch.save_file(tensors, path, metadata=metadata)
 
     write_atomically(target, write_weights)
     write_atomically(config_path, write_config)
     return [target, config_path]
-
-

@@ -5,3 +5,6 @@ from patchscale.ops.norm import gated_rms_norm
 from patchscale.ops.scan import ssd_scan
 
 __all__ = ["causal_conv1d", "gated_rms_norm", "ssd_scan"]
+
+# The operators with more than one implementation; see dispatch.py.
+DISPATCHED = ("causal_conv1d", "ssd_scan")

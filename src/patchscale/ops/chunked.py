@@ -14,12 +14,14 @@ nothing but its inputs.
 Shapes in comments: b = samples in the group, Q = tokens in the chunk, h = heads, p = headdim, n = d_state.
 """
 
+import itertools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from patchscale.ops.reference import scan_order
 
 DEFAULT_CHUNK_SIZE = 64
 
@@ -27,19 +29,44 @@ DEFAULT_CHUNK_SIZE = 64
 _BUFFER_ELEMENTS = 131072
 
 
-class _Segment(NamedTuple):
-    start: int
-    stop: int
-    reverse: bool
+class _Segment:
+    """A chunk: a slice of tokens and the order in which the scan meets them."""
+
+    def __init__(self, start: int, stop: int, reverse: bool, suffix: int, like: Tensor) -> None:
+        self.start, self.stop = start, stop
+        length = stop - start
+        order = torch.tensor(scan_order(length, reverse, suffix), device=like.device)
+        place = order.argsort()
+        self.order, self.place = (order, place) if reverse and length > 1 else (None, None)
+        self.last = int(order[-1])
+        self.seen = (place[:, None] >= place[None, :]).to(like.dtype)  # (t, s): s is not after t
+
+    def running_sum(self, values: Tensor) -> Tensor:
+        """Inclusive sum over the last dimension, in scan order."""
+        if self.order is None:
+            return values.cumsum(-1)
+        return values[..., self.order].cumsum(-1)[..., self.place]
+
+    def running_sum_backward(self, grad: Tensor) -> Tensor:
+        """The adjoint of :meth:`running_sum`: the sum from each token to the end of the scan."""
+        ordered = grad if self.order is None else grad[..., self.order]
+        summed = ordered.flip(-1).cumsum(-1).flip(-1)
+        return summed if self.place is None else summed[..., self.place]
 
 
-def _segments(length: int, reverse: bool, suffix: int, chunk_size: int) -> list[_Segment]:
-    """The chunks in scan order; those of the suffix run left to right whatever the direction."""
-    body = length - suffix if reverse else length
-    chunks = [_Segment(s, min(s + chunk_size, body), reverse) for s in range(0, body, chunk_size)]
+def _segments(length: int, reverse: bool, suffix: int, chunk_size: int, like: Tensor) -> list[_Segment]:
+    """The chunks in scan order, of nearly equal length; a sequence that nearly fits one chunk is one."""
+    suffix = suffix if reverse else 0
+    body = length - suffix
+    if length <= chunk_size + suffix:
+        return [_Segment(0, length, reverse, suffix, like)]
+    count = max(1, round(body / chunk_size))
+    bounds = [body * i // count for i in range(count + 1)]
+    chunks = [_Segment(s, e, reverse, 0, like) for s, e in itertools.pairwise(bounds)]
     if reverse:
         chunks.reverse()
-    return chunks + [_Segment(s, min(s + chunk_size, length), False) for s in range(body, length, chunk_size)]
+    # The suffix runs left to right whatever the direction.
+    return chunks + [_Segment(s, min(s + chunk_size, length), False, 0, like) for s in range(body, length, chunk_size)]
 
 
 def _groups(batch: int, heads: int, chunk_size: int) -> list[slice]:
@@ -53,13 +80,13 @@ class _Chunk:
     def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, group: slice, segment: _Segment) -> None:
         work = A.dtype
         tokens = slice(segment.start, segment.stop)
-        self.reverse = segment.reverse
+        self.segment = segment
         self.x = x[group, tokens].transpose(1, 2).to(work)  # (b, h, Q, p)
         self.dt = dt[group, tokens].transpose(1, 2).to(work).contiguous()  # (b, h, Q)
         self.B = B[group, tokens].to(work)  # (b, Q, n)
         self.C = C[group, tokens].to(work)  # (b, Q, n)
-        self.cs = _running_sum(self.dt * A[:, None], segment.reverse)  # (b, h, Q)
-        self.total = self.cs[..., :1] if segment.reverse else self.cs[..., -1:]  # (b, h, 1)
+        self.cs = segment.running_sum(self.dt * A[:, None])  # (b, h, Q)
+        self.total = self.cs[..., segment.last, None]  # (b, h, 1)
         self.xdt = self.x * self.dt[..., None]  # (b, h, Q, p)
 
     def decay(self) -> Tensor:
@@ -69,8 +96,7 @@ class _Chunk:
 
     def products(self) -> Tensor:
         """C_t . B_s for s not after t in scan order, else 0, for all heads: (b, 1, t, s)."""
-        products = self.C @ self.B.transpose(1, 2)
-        return (products.triu_() if self.reverse else products.tril_())[:, None]
+        return (self.C @ self.B.transpose(1, 2)).mul_(self.segment.seen)[:, None]
 
     def decayed_B(self) -> Tensor:
         """exp(cs_Q - cs_s) B_s, as the state at the end of the chunk sees it: (b, h, Q, n)."""
@@ -107,12 +133,6 @@ def _exp(log_decay: Tensor) -> Tensor:
     return log_decay.clamp(min=_log_floor(log_decay.dtype)).exp_()
 
 
-def _running_sum(log_decay: Tensor, reverse: bool) -> Tensor:
-    if reverse:
-        return log_decay.flip(-1).cumsum(-1).flip(-1)
-    return log_decay.cumsum(-1)
-
-
 @torch.library.custom_op("patchscale::ssd_scan", mutates_args=())
 def ssd_scan(
     x: Tensor,
@@ -125,31 +145,39 @@ def ssd_scan(
     reverse: bool,
     suffix: int,
     chunk_size: int,
+    want_final: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and result as :func:`patchscale.ops.ssd_scan`, already checked."""
-    batch, length, heads, headdim = x.shape
+    """Arguments and result as :func:`patchscale.ops.ssd_scan`, already checked; no final state is an empty tensor."""
+    batch, length, heads, _ = x.shape
     work = torch.promote_types(x.dtype, torch.float32)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final_state = torch.empty(batch, heads, headdim, B.shape[2], dtype=work, device=x.device)
+    final_state = torch.empty(_final_shape(x, B, want_final), dtype=work, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         A, D = A.to(work), D if D is None else D.to(work)
+        segments = _segments(length, reverse, suffix, chunk_size, A)
         for group in _groups(batch, heads, min(chunk_size, length)):
             state = None if initial_state is None else initial_state[group].to(work)
-            for segment in _segments(length, reverse, suffix, chunk_size):
+            for segment in segments:
                 chunk = _Chunk(x, dt, A, B, C, group, segment)
                 out = y[group, segment.start : segment.stop].transpose(1, 2)
                 out.copy_(chunk.output(state)) if D is None else torch.addcmul(
                     chunk.output(state), chunk.x, D[:, None, None], out=out
                 )
-                state = chunk.next_state(state)
-            final_state[group] = state
+                if want_final or segment is not segments[-1]:
+                    state = chunk.next_state(state)
+            if want_final:
+                final_state[group] = state
     return y, final_state
 
 
-@ssd_scan.register_fake
-def _(x, dt, A, B, C, D, initial_state, reverse, suffix, chunk_size):
+def _final_shape(x: Tensor, B: Tensor, want_final: bool) -> tuple[int, ...]:
     batch, _, heads, headdim = x.shape
-    state = x.new_empty(batch, heads, headdim, B.shape[2], dtype=torch.promote_types(x.dtype, torch.float32))
+    return (batch, heads, headdim, B.shape[2]) if want_final else (0,)
+
+
+@ssd_scan.register_fake
+def _(x, dt, A, B, C, D, initial_state, reverse, suffix, chunk_size, want_final):
+    state = x.new_empty(_final_shape(x, B, want_final), dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.empty_like(x, memory_format=torch.contiguous_format), state
 
 
@@ -167,6 +195,7 @@ def ssd_scan_backward(
     reverse: bool,
     suffix: int,
     chunk_size: int,
+    want_final: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C, D and initial_state, each in its tensor's dtype (zeros for an absent one)."""
     work = torch.promote_types(x.dtype, torch.float32)
@@ -177,7 +206,7 @@ def ssd_scan_backward(
     dinitial = torch.zeros(batch, heads, headdim, B.shape[2], dtype=work, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         work_A, work_D = A.to(work), D if D is None else D.to(work)
-        segments = _segments(length, reverse, suffix, chunk_size)
+        segments = _segments(length, reverse, suffix, chunk_size, work_A)
         for group in _groups(batch, heads, min(chunk_size, length)):
             state = None if initial_state is None else initial_state[group].to(work)
             states = []
@@ -185,7 +214,7 @@ def ssd_scan_backward(
                 states.append(state)
                 if segment is not segments[-1]:
                     state = _Chunk(x, dt, work_A, B, C, group, segment).next_state(state)
-            dstate = grad_final[group].to(work)
+            dstate = grad_final[group].to(work) if want_final else None
             for segment in reversed(segments):
                 tokens = slice(segment.start, segment.stop)
                 chunk = _Chunk(x, dt, work_A, B, C, group, segment)
@@ -213,9 +242,9 @@ def ssd_scan_backward(
 
 
 def _chunk_backward(
-    chunk: _Chunk, state: Tensor | None, dy: Tensor, dstate: Tensor
+    chunk: _Chunk, state: Tensor | None, dy: Tensor, dstate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of one chunk from those of its output and of the state after it.
+    """Gradients of one chunk from those of its output and of the state after it (None: nothing depends on it).
 
     Returns those of dt x, dt A, B, C, and of the state before the chunk. A gradient of an exponent is the gradient of
     the exponential times the exponential, so each of the four decays gives its share to ``dcs`` in passing.
@@ -226,38 +255,40 @@ def _chunk_backward(
     dxdt = (decay * products).transpose(2, 3) @ dy
     dscores = dy @ chunk.xdt.transpose(2, 3)  # (b, h, t, s)
     dproducts = dscores.mul_(decay)
-    dproducts_all_heads = dproducts.sum(1)  # (b, t, s)
-    dproducts_all_heads = dproducts_all_heads.triu_() if chunk.reverse else dproducts_all_heads.tril_()
+    dproducts_all_heads = dproducts.sum(1).mul_(chunk.segment.seen)  # (b, t, s)
     dB = dproducts_all_heads.transpose(1, 2) @ chunk.C
     dC = dproducts_all_heads @ chunk.B
     ddifference = dproducts.mul_(products)
     dcs = ddifference.sum(3) - ddifference.sum(2)  # (b, h, Q)
 
-    # Into the next state: H' = exp(cs_Q) H + sum_s xdt_s (outer) decayed_B_s.
-    decayed_B = chunk.decayed_B()
-    _add_matmul(dxdt, decayed_B, dstate.transpose(2, 3))
-    ddecayed_B = chunk.xdt @ dstate  # (b, h, Q, n)
-    dB += (ddecayed_B * _exp(chunk.total - chunk.cs)[..., None]).sum(1)
-    dto_end = ddecayed_B.mul_(decayed_B).sum(3)
-    dcs -= dto_end
-    dtotal = dto_end.sum(2, keepdim=True)  # (b, h, 1)
-
     # Out of the state before: y_t += H decayed_C_t.
     decayed_C = chunk.decayed_C()
-    dstate_before = dstate * _exp(chunk.total)[..., None]
+    dstate_before = dy.transpose(2, 3) @ decayed_C  # (b, h, p, n)
     if state is not None:
         ddecayed_C = dy @ state  # (b, h, Q, n)
         dC += (ddecayed_C * _exp(chunk.cs)[..., None]).sum(1)
         dcs += ddecayed_C.mul_(decayed_C).sum(3)
-        dtotal += (dstate_before * state).sum((2, 3))[..., None]
-    _add_matmul(dstate_before, dy.transpose(2, 3), decayed_C)
 
-    # cs is a running sum: its gradient runs the other way; the total is its last entry.
-    return dxdt, _running_sum(dcs, not chunk.reverse) + dtotal, dB, dC, dstate_before
+    # Into the next state: H' = exp(cs_Q) H + sum_s xdt_s (outer) decayed_B_s, where cs_Q is the last of cs.
+    if dstate is not None:
+        decayed_B = chunk.decayed_B()
+        _add_matmul(dxdt, decayed_B, dstate.transpose(2, 3))
+        ddecayed_B = chunk.xdt @ dstate  # (b, h, Q, n)
+        dB += (ddecayed_B * _exp(chunk.total - chunk.cs)[..., None]).sum(1)
+        dto_end = ddecayed_B.mul_(decayed_B).sum(3)
+        dcs -= dto_end
+        dtotal = dto_end.sum(2)  # (b, h)
+        dcarried = dstate * _exp(chunk.total)[..., None]
+        if state is not None:
+            dtotal += (dcarried * state).sum((2, 3))
+        dstate_before += dcarried
+        dcs[..., chunk.segment.last] += dtotal
+
+    return dxdt, chunk.segment.running_sum_backward(dcs), dB, dC, dstate_before
 
 
 @ssd_scan_backward.register_fake
-def _(grad_y, grad_final, x, dt, A, B, C, D, initial_state, reverse, suffix, chunk_size):
+def _(grad_y, grad_final, x, dt, A, B, C, D, initial_state, reverse, suffix, chunk_size, want_final):
     work = torch.promote_types(x.dtype, torch.float32)
     batch, _, heads, headdim = x.shape
     dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
@@ -275,7 +306,13 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_y, grad_final):
     saved = ctx.saved_tensors
     grads = ssd_scan_backward(grad_y, grad_final, *saved, *ctx.options)
-    return *(None if tensor is None else grad for tensor, grad in zip(saved, grads, strict=True)), None, None, None
+    return (
+        *(None if tensor is None else grad for tensor, grad in zip(saved, grads, strict=True)),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 ssd_scan.register_autograd(_backward, setup_context=_setup_context)
@@ -291,7 +328,7 @@ def _matrix_flops(x_shape, d_state: int, chunk_size: int) -> tuple[int, int, int
 
 @register_flop_formula(torch.ops.patchscale.ssd_scan)
 def _forward_flops(x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs) -> int:
-    products, inside, states = _matrix_flops(x_shape, B_shape[2], args[-1])
+    products, inside, states = _matrix_flops(x_shape, B_shape[2], args[-2])
     return products + inside + 2 * states
 
 
@@ -299,5 +336,5 @@ def _forward_flops(x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, *
 def _backward_flops(
     grad_y_shape, grad_final_shape, x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs
 ) -> int:
-    products, inside, states = _matrix_flops(x_shape, B_shape[2], args[-1])
+    products, inside, states = _matrix_flops(x_shape, B_shape[2], args[-2])
     return 3 * products + 2 * inside + 6 * states

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from patchscale.errors import UserError
 from patchscale.ops.dispatch import choose_implementation
-from patchscale.ops.reference import causal_conv1d_reference
+from patchscale.ops.reference import causal_conv1d_reference, scan_order
 
 # Elements of one block: 256 KiB in float32, so that a block and its output share a 1 MiB L2 cache.
 _BLOCK_ELEMENTS = 65536
+# Sequences up to this length are gathered in scan order as one window: fewer, smaller steps.
+_SHORT = 32
 
 
 def causal_conv1d(
@@ -65,9 +67,7 @@ def causal_conv1d(
 
 
 @torch.library.custom_op("patchscale::causal_conv1d", mutates_args=())
-def _causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor, history: Tensor, reverse: bool, suffix: int
-) -> Tensor:
+def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, history: Tensor, reverse: bool, suffix: int) -> Tensor:
     work = _work_dtype(x)
     taps, bias = weight.t().to(work), bias.to(work)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -123,8 +123,11 @@ def _causal_conv1d_backward(
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, history: Tensor, reverse: bool, suffix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), history.new_empty(
-        history.shape
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+        history.new_empty(history.shape),
     )
 
 
@@ -144,11 +147,11 @@ def _work_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _blocks(
-    x: Tensor, taps: Tensor, reverse: bool, suffix: int
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+def _blocks(x: Tensor, taps: Tensor, reverse: bool, suffix: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """(start, stop, window, taps in memory order) of the outputs whose whole window is in ``x``, block by block."""
     batch, length, channels = x.shape
+    if length <= _SHORT:
+        return
     reach = taps.shape[0] - 1
     body = length - suffix if reverse else length
     first, last = (0, body - reach) if reverse else (reach, body)
@@ -163,21 +166,18 @@ def _blocks(
 def _edges(x: Tensor, taps: Tensor, reverse: bool, suffix: int) -> Iterator[tuple[list[int], int, list[int]]]:
     """(outputs, first history entry, tokens of ``x``) of the outputs whose window is not one slice of ``x``.
 
-    These are the first tokens in scan order and, scanning from the right, the suffix: each window is given in scan
-    order as the history from some entry on, then tokens of ``x``.
+    These are the first tokens in scan order and, scanning from the right, the suffix; in a short sequence, all. Each
+    window is given in scan order: the history from some entry on, then tokens of ``x``.
     """
     length, reach = x.shape[1], taps.shape[0] - 1
     body = length - suffix if reverse else length
-    order = list(range(body - 1, -1, -1)) if reverse else list(range(min(body, reach)))
-    spans = [(0, min(body, reach))]
-    if reverse and suffix:
-        order += range(body, length)
-        spans.append((body, length))
+    order = scan_order(length, reverse, suffix)
+    if length <= _SHORT:
+        spans = [(0, length)]
+    else:
+        spans = [(0, min(body, reach))] + ([(body, length)] if reverse and suffix else [])
     for start, stop in spans:
-        if start == stop:
-            continue
-        from_history = min(start, reach)
-        yield order[start:stop], from_history, order[max(0, start - reach) : stop]
+        yield order[start:stop], min(start, reach), order[max(0, start - reach) : stop]
 
 
 def _convolve(window: Tensor, taps: Tensor, bias: Tensor) -> Tensor:

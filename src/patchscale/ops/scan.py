@@ -19,9 +19,10 @@ def ssd_scan(
     initial_state: Tensor | None = None,
     reverse: bool = False,
     suffix: int = 0,
+    final_state: bool = True,
     chunk_size: int | None = None,
     implementation: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Scan a sequence: ``h_t = exp(dt_t A) h_(t-1) + dt_t x_t (outer) B_t``, ``y_t = h_t C_t + D x_t``.
 
     Scan order is left to right, or right to left with ``reverse``; the last ``suffix`` tokens come last in both (a
@@ -38,12 +39,13 @@ def ssd_scan(
         initial_state: (batch, heads, headdim, d_state); zeros if None.
         reverse: scan right to left.
         suffix: how many trailing tokens are scanned last, left to right.
-        chunk_size: tokens per chunk; chosen if None. Changes the arithmetic's order, not the result.
+        final_state: whether the state after the last token is wanted.
+        chunk_size: tokens per chunk, nearly; chosen if None. Changes the arithmetic's order, not the result.
         implementation: see :func:`patchscale.ops.dispatch.choose_implementation`.
 
     Returns:
         y, (batch, length, heads, headdim) in the dtype of ``x``, and the state after the last token,
-        (batch, heads, headdim, d_state), float32 (float64 for float64 inputs).
+        (batch, heads, headdim, d_state), float32 (float64 for float64 inputs), None if ``final_state`` is False.
 
     Raises:
         UserError: shapes that do not fit, or an unknown implementation.
@@ -66,10 +68,11 @@ def ssd_scan(
         raise UserError(f"chunk_size is {chunk_size}, expected at least 1")
 
     if choose_implementation(implementation, x.device).implementation == "reference":
-        return ssd_scan_reference(x, dt, A, B, C, D, initial_state, reverse, suffix)
-    return chunked.ssd_scan(
-        x, dt, A, B, C, D, initial_state, reverse, suffix, chunk_size or chunked.DEFAULT_CHUNK_SIZE
-    )
+        y, state = ssd_scan_reference(x, dt, A, B, C, D, initial_state, reverse, suffix)
+    else:
+        chunk_size = chunk_size or chunked.DEFAULT_CHUNK_SIZE
+        y, state = chunked.ssd_scan(x, dt, A, B, C, D, initial_state, reverse, suffix, chunk_size, final_state)
+    return y, state if final_state else None
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

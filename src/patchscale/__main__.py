@@ -1,0 +1,7 @@
+"""``python -m patchscale``."""
+
+import sys
+
+from patchscale.cli import main
+
+sys.exit(main())

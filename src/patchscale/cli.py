@@ -1,0 +1,361 @@
+"""The front door: ``patchscale COMMAND``, one thin function a command."""
+
+import logging
+import math
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from patchscale.errors import TrainingStopped, UserError
+from patchscale.train.recipe import Precision, Recipe
+
+# Tables and results go to standard output; notes, progress and errors to standard error.
+_out = Console(soft_wrap=True)
+_err = Console(stderr=True, soft_wrap=True)
+
+Which = Literal["model", "ema"]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a classifier."""
+
+    recipe: tyro.conf.OmitArgPrefixes[Recipe]
+    resume: Path | None = None
+    """Go on with this run (its folder, or a checkpoint), by its own recipe; other flags change it."""
+
+
+def train(arguments: Train) -> None:
+    """Train a classifier."""
+    from patchscale.train.loop import EpochReport, Observer
+    from patchscale.train.loop import Progress as Step
+    from patchscale.train.loop import train as run
+
+    class Display(Observer):
+        def __init__(self, bar: Progress) -> None:
+            self.bar = bar
+            self.task = bar.add_task("", total=1, rate="", left="")
+
+        def note(self, text: str) -> None:
+            _note(text)
+
+        def progress(self, step: Step) -> None:
+            what = f"epoch {step.epoch}/{step.epochs}"
+            what += f"  loss {step.loss:.3f}" if step.phase == "train" else "  evaluating"
+            left = "" if math.isnan(step.seconds_left) else f"{_duration(step.seconds_left)} left to train"
+            self.bar.update(
+                self.task,
+                description=what,
+                completed=step.step,
+                total=step.steps,
+                rate=f"{step.images_per_second:,.0f} images/s",
+                left=left,
+            )
+
+        def epoch(self, report: EpochReport) -> None:
+            line = f"epoch {report.epoch}  train loss {report.train_loss:.4f}  {report.scores}"
+            if report.ema_scores is not None:
+                line += f"  (average of weights: {report.ema_scores})"
+            _out.print(line + f"  {report.seconds:.0f} s", highlight=False)
+
+    with _progress_bar() as bar:
+        result = run(arguments.recipe, arguments.resume, Display(bar))
+    best = next((r for r in result.reports if r.epoch == result.best_epoch), None)
+    _out.print(f"last: {result.scores}  {result.folder / 'last.pt'}", highlight=False)
+    if best is not None:
+        _out.print(f"best: {best.scores} in epoch {best.epoch}  {result.folder / 'best.pt'}", highlight=False)
+
+
+def evaluate(
+    weights: str,
+    data: str | None = None,
+    which: Which = "model",
+    flip: Literal["auto", "alternate", "pairs", "released"] | None = None,
+    limit_val: int | None = None,
+    batch_size: int | None = None,
+    precision: Precision | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    skip_unreadable: bool = False,
+) -> None:
+    """Score weights on labelled images. What is not given comes from the run that made them.
+
+    Args:
+        weights: A run's folder (its best checkpoint), a file, a URL or a Hub id.
+        data: digits, cifar100:PATH, folder:PATH, or a name timm knows.
+        which: The trained weights, or their moving average.
+        flip: Which blocks scan from the right; auto tries all three rules on 500 images and keeps the best.
+        limit_val: Score this many images, a fixed random sample; 0 for all.
+        batch_size: Images at a time.
+        precision: bf16-mixed computes matrix products in bfloat16.
+        device: cpu, cuda, cuda:1, mps; by default the GPU where there is one.
+        workers: Processes that read images.
+        skip_unreadable: Leave out images that cannot be read, instead of stopping.
+    """
+    from patchscale.train.evaluate import evaluate as run
+
+    with _progress_bar() as bar:
+        task = bar.add_task("evaluating", total=1, rate="", left="")
+        found = run(
+            weights,
+            data,
+            which,
+            flip,
+            limit_val,
+            batch_size,
+            precision,
+            device,
+            workers,
+            skip_unreadable,
+            note=_note,
+            progress=lambda done, total: bar.update(task, completed=done, total=total, rate=f"{done:,} images"),
+        )
+    if found.flip_trials:
+        table = Table("flip", "top-1 %", "loss", title="flip rules on a sample of the images")
+        for rule, scores in found.flip_trials.items():
+            table.add_row(rule + (" *" if rule == found.flip else ""), f"{scores.top1:.2f}", f"{scores.loss:.4f}")
+        _out.print(table)
+    _out.print(str(found.scores) + (f"  (flip {found.flip})" if found.flip else ""), highlight=False)
+    if found.recorded is not None:
+        _out.print(f"training recorded: {found.recorded}", highlight=False)
+
+
+def predict(
+    image: tyro.conf.Positional[Path],
+    weights: str,
+    which: Which = "model",
+    flip: Literal["alternate", "pairs", "released"] | None = None,
+    top: int = 5,
+    features: Path | None = None,
+    device: str | None = None,
+) -> None:
+    """Print the most likely classes of an image, and picture what its tokens have in common.
+
+    Args:
+        image: The image file.
+        weights: A run's folder (its best checkpoint), a file, a URL or a Hub id.
+        which: The trained weights, or their moving average.
+        flip: Which blocks scan from the right, instead of the file's rule.
+        top: How many classes.
+        features: Write the last block's tokens as a picture here: their principal components over the image.
+        device: cpu, cuda, cuda:1, mps; by default the GPU where there is one.
+    """
+    import torch
+
+    from patchscale.files import make_folder, write_atomically
+    from patchscale.tasks.token_picture import token_picture
+    from patchscale.train.checkpoint import load_model
+    from patchscale.train.device import resolve_device
+
+    place = resolve_device(device)
+    loaded = load_model(weights, which, flip)
+    picture = _open_image(image, "L" if loaded.preprocessing.channels == 1 else "RGB")
+    tensor = loaded.preprocessing.transform()(picture)[None].to(place)
+    model = loaded.model.to(place)
+    with torch.inference_mode():
+        tokens, (last,) = model.forward_intermediates(tensor, 1, norm=True)
+        logits = model.forward_head(tokens).float()
+    if logits.shape[1]:
+        names = loaded.classes or _imagenet_names(logits.shape[1])
+        for share, index in zip(*logits.softmax(1)[0].topk(min(top, logits.shape[1])), strict=True):
+            _out.print(f"{100 * share:6.2f}%  {names[index]}", highlight=False)
+    if features is not None:
+        make_folder(features.resolve().parent)
+        shown = loaded.preprocessing.visible(picture)
+        written = token_picture(shown, last[0].float().cpu())
+        write_atomically(features, lambda path: written.save(path, format=features.suffix[1:] or "png"))
+        _out.print(f"wrote {features}", highlight=False)
+
+
+def models(pattern: tyro.conf.Positional[str] = "*_224") -> None:
+    """List the models, with published accuracies.
+
+    Args:
+        pattern: Names to list, such as '*' (all), '*tiny*', 'adventurer_base_patch1_*'.
+    """
+    import fnmatch
+
+    from patchscale.models.published import IMG_SIZES, PATCH_SIZES, SIZES, num_parameters, published_top1
+
+    table = Table("model", "tokens", "parameters (M)", "published top-1 %")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for size, shape in SIZES.items():
+        for patch in PATCH_SIZES:
+            for img in IMG_SIZES:
+                name = f"adventurer_{size}_patch{patch}_{img}"
+                if fnmatch.fnmatch(name, pattern):
+                    top1 = published_top1(name)
+                    parameters = num_parameters(**shape, patch_size=patch, img_size=img) / 1e6
+                    tokens = (img // patch) ** 2 + 1
+                    table.add_row(name, f"{tokens:,}", f"{parameters:.1f}", "" if top1 is None else f"{top1:.1f}")
+    if not table.rows:
+        raise UserError(f"no model matches {pattern!r}; names look like adventurer_base_patch16_224")
+    _out.print(table)
+
+
+def convert(source: tyro.conf.Positional[str], destination: tyro.conf.Positional[Path], which: Which = "model") -> None:
+    """Write weights as safetensors, with the config.json that timm and the Hugging Face Hub read.
+
+    Args:
+        source: A file, URL or Hub id.
+        destination: A .safetensors file, or a folder.
+        which: The trained weights, or their moving average.
+    """
+    from patchscale.models.weights import convert as run
+
+    for path in run(source, destination, which):
+        _out.print(f"wrote {path}", highlight=False)
+
+
+def env() -> None:
+    """Print versions, devices, and the implementation that each operator will use and why."""
+    from importlib.metadata import version
+
+    import torch
+
+    from patchscale import ops
+    from patchscale.ops.dispatch import choose_implementation
+    from patchscale.train.device import resolve_device
+
+    device = resolve_device(None)
+    table = Table.grid(padding=(0, 2))
+    table.add_row("python", platform.python_version())
+    table.add_row("platform", platform.platform())
+    for package in ("patchscale", "torch", "torchvision", "timm"):
+        table.add_row(package, version(package))
+    table.add_row("threads", str(torch.get_num_threads()))
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        table.add_row(f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    table.add_row("default device", str(device))
+    choice = choose_implementation(None, device)
+    for name in ops.DISPATCHED:
+        table.add_row(name, f"{choice.implementation} ({choice.reason})")
+    table.add_row("gated_rms_norm", "torch (the only one)")
+    _out.print(table)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "models": models,
+    "convert": convert,
+    "env": env,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 when training stops, 2 for bad input, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _out.print(_usage(), highlight=False)
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"unknown command {command!r}; the commands are {', '.join(COMMANDS)}")
+        if command == "train":
+            train(_parse_train(rest))
+        else:
+            tyro.cli(COMMANDS[command], args=rest, prog=f"patchscale {command}")
+        return 0
+    except UserError as e:
+        return _fail(str(e), 2)
+    except TrainingStopped as e:
+        return _fail(str(e), 1)
+    except KeyboardInterrupt:
+        hint = "; go on with `patchscale train --resume RUN`" if command == "train" else ""
+        return _fail(f"interrupted{hint}", 130)
+
+
+def _parse_train(arguments: list[str]) -> Train:
+    """The recipe comes from the flags or, with --resume, from the run, changed by the flags."""
+    default: Any = tyro.MISSING
+    for index, argument in enumerate(arguments):
+        if argument == "--resume" or argument.startswith("--resume="):
+            value = argument.partition("=")[2] or "".join(arguments[index + 1 : index + 2])
+            default = _train_defaults(Path(value))
+    keywords = {} if default is tyro.MISSING else {"default": default}
+    return tyro.cli(Train, args=arguments, prog="patchscale train", **keywords)
+
+
+def _train_defaults(resume: Path) -> Train:
+    from patchscale.train.checkpoint import read_training_state
+
+    return Train(Recipe.from_dict(read_training_state(resume)["recipe"]), resume)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<9}{(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Vision models at any patch size, down to a single pixel.",
+            "",
+            "patchscale COMMAND ...",
+            *lines,
+            "",
+            "patchscale COMMAND --help",
+        ]
+    )
+
+
+def _fail(message: str, status: int) -> int:
+    _err.print(f"patchscale: {message}", highlight=False, markup=False)
+    return status
+
+
+def _note(text: str) -> None:
+    _err.print(f"note: {text}", highlight=False, markup=False)
+
+
+def _progress_bar() -> Progress:
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[left]}"),
+    ]
+    return Progress(*columns, console=_err, transient=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _open_image(path: Path, mode: str):
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    except FileNotFoundError as e:
+        raise UserError(f"no such image: {path}") from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"cannot read {path} as an image: {e}") from e
+
+
+def _imagenet_names(num_classes: int) -> list[str]:
+    from timm.data import ImageNetInfo
+
+    if num_classes != 1000:
+        return [f"class {i}" for i in range(num_classes)]
+    info = ImageNetInfo()
+    return [info.index_to_description(i) for i in range(1000)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

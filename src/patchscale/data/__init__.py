@@ -1,0 +1,1 @@
+"""Data sets, named in one string, and how their images become tensors."""

@@ -1,0 +1,244 @@
+"""Data sets by name: ``digits``, ``cifar100:PATH``, ``folder:PATH``, or any name that timm's factory knows."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import Dataset, Subset
+
+from patchscale.errors import UserError
+
+Split = Literal["train", "val"]
+
+KINDS = "digits, cifar100:PATH, folder:PATH, or a name timm knows (hfds/NAME, wds/NAME:PATH, torch/NAME:PATH)"
+_SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+_SAMPLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of a data set: ``dataset[i]`` is (PIL image, class index)."""
+
+    dataset: Dataset
+    classes: tuple[str, ...]
+    channels: int = 3
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    note: str = ""
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def sample(self, count: int) -> "Source":
+        """A random sample of at most ``count`` images, in order, the same every time."""
+        if count >= len(self):
+            return self
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(_SAMPLE_SEED))[:count]
+        return replace(self, dataset=Subset(self.dataset, sorted(chosen.tolist())))
+
+
+class Unreadable(NamedTuple):
+    """Stands for an image that could not be read, on its way from a loader's worker to the main process."""
+
+    path: str
+    reason: str
+
+
+def open_source(name: str, split: Split, limit: int | None = None) -> Source:
+    """Open one split of a data set.
+
+    Args:
+        name: ``digits`` (1,797 scans of 8 x 8 from scikit-learn, 80% for training), ``cifar100:PATH`` (the compact
+            copy in WebP sheets, or torchvision's ``cifar-100-python``), ``folder:PATH`` (one folder a class, under
+            ``train`` and ``val`` or as a single split), or ``hfds/...``, ``wds/...``, ``torch/...`` for timm.
+        split: ``"train"`` or ``"val"``.
+        limit: take this many images, a random sample that is the same every time; all if None.
+
+    Raises:
+        UserError: an unknown name, a missing or empty folder, a data set of a single class.
+    """
+    kind, _, path = name.partition(":")
+    if limit is not None and limit < 1:
+        raise UserError(f"a limit of {limit} images leaves none; leave it out to take all")
+    if kind == "digits" and not path:
+        source = _digits(split)
+    elif kind == "cifar100" and path:
+        source = _cifar100(Path(path).expanduser(), split, limit)
+    elif kind == "folder" and path:
+        source = _folder(Path(path).expanduser(), split)
+    elif "/" in kind:
+        source = _timm(kind, path or None, split)
+    else:
+        raise UserError(f"unknown data {name!r}; expected {KINDS}")
+    if not len(source):
+        raise UserError(f"{name} has no images to {'train on' if split == 'train' else 'evaluate on'}")
+    if len(source.classes) < 2:
+        raise UserError(f"{name} has a single class, {source.classes[0]!r}; a classifier needs two or more")
+    return source if limit is None else source.sample(limit)
+
+
+def path_of(dataset: Any, index: int) -> str:
+    """Where an image comes from, for messages."""
+    while isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, dataset.indices[index]
+    samples = getattr(dataset, "samples", None)
+    if samples is not None:
+        return str(samples[index][0])
+    if hasattr(dataset, "filename"):
+        return str(dataset.filename(index, absolute=True))
+    return f"image {index}"
+
+
+class _Images(Dataset):
+    """Images that are already in memory, (n, height, width[, 3]) bytes."""
+
+    def __init__(self, images: np.ndarray, labels: Sequence[int]) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+
+def _digits(split: Split) -> Source:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    parts = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
+    images, labels = parts[0 if split == "train" else 1], parts[2 if split == "train" else 3]
+    # Mean and standard deviation of the training images.
+    return Source(_Images(images, labels), tuple("0123456789"), channels=1, mean=(0.305,), std=(0.376,))
+
+
+def _cifar100(path: Path, split: Split, limit: int | None) -> Source:
+    _expect_folder(path)
+    if (path / "labels.npz").exists():
+        return _compact_cifar100(path, split, limit)
+    from torchvision.datasets import CIFAR100
+
+    try:
+        dataset = CIFAR100(str(path), train=split == "train")
+    except RuntimeError as e:
+        raise UserError(
+            f"{path} holds neither the compact copy of CIFAR-100 (labels.npz and .webp sheets) nor torchvision's "
+            "cifar-100-python folder"
+        ) from e
+    return Source(dataset, tuple(dataset.classes))
+
+
+def _compact_cifar100(path: Path, split: Split, limit: int | None) -> Source:
+    prefix = "train" if split == "train" else "test"
+    rows, columns, side = 25, 40, 32
+    sheets = sorted(path.glob(f"{prefix}_[0-9][0-9].webp"))
+    if limit is not None:
+        # The images are in random order, so that the first ones are a random sample.
+        sheets = sheets[: -(-limit // (rows * columns))]
+    try:
+        labels = np.load(path / "labels.npz", allow_pickle=False)[f"{prefix}_fine"]
+        classes = tuple((path / "classes.txt").read_text().split())
+        decoded = [np.asarray(Image.open(sheet).convert("RGB")) for sheet in sheets]
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{path} is not a whole compact copy of CIFAR-100: {e}") from e
+    tiles = [sheet.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3) for sheet in decoded]
+    images = np.concatenate(tiles)[:limit] if tiles else np.empty((0, side, side, 3), np.uint8)
+    return Source(_Images(images, labels), classes)
+
+
+def _folder(path: Path, split: Split) -> Source:
+    from torchvision.datasets import ImageFolder
+
+    _expect_folder(path)
+    root, note = _split_folder(path, split)
+    if len(_subfolders(root)) == 1 and len(_subfolders(_subfolders(root)[0])) > 1:
+        root = _subfolders(root)[0]  # PATH/images/CLASS/...
+    if not _subfolders(root):
+        raise UserError(f"{root} has no class folders: expected {root}/CLASS/IMAGE")
+    try:
+        dataset = ImageFolder(str(root))
+    except FileNotFoundError as e:
+        raise UserError(f"{root}: {str(e).splitlines()[0]}") from e
+    return Source(dataset, tuple(dataset.classes), note=note)
+
+
+def _split_folder(path: Path, split: Split) -> tuple[Path, str]:
+    found = {s: next((path / n for n in names if (path / n).is_dir()), None) for s, names in _SPLIT_FOLDERS.items()}
+    wanted = found[split]
+    if wanted is not None:
+        return wanted, ""
+    if any(found.values()):
+        other = next(f for f in found.values() if f is not None)
+        raise UserError(f"{path} has {other.name} but none of {', '.join(_SPLIT_FOLDERS[split])}")
+    return path, f"{path} is a single split: the same images are trained and evaluated on" if split == "val" else ""
+
+
+def _subfolders(path: Path) -> list[Path]:
+    return sorted(itertools.islice((p for p in path.iterdir() if p.is_dir()), 2))
+
+
+def _expect_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise UserError(f"no such folder: {path}")
+
+
+def _timm(name: str, root: str | None, split: Split) -> Source:
+    from timm.data import create_dataset
+
+    try:
+        dataset = create_dataset(name, root=root, split="train" if split == "train" else "validation")
+    except (OSError, RuntimeError, ValueError, AssertionError, ImportError, KeyError) as e:
+        raise UserError(f"timm cannot open {name} at {root or 'no path'}: {str(e).splitlines()[0] or type(e)}") from e
+    return Source(dataset, _class_names(name, dataset))
+
+
+def _class_names(name: str, dataset: Any) -> tuple[str, ...]:
+    if hasattr(dataset, "classes"):  # torchvision
+        return tuple(map(str, dataset.classes))
+    reader = getattr(dataset, "reader", None)
+    index = getattr(reader, "class_to_idx", None)
+    if index:
+        return tuple(map(str, sorted(index, key=index.get)))
+    features = getattr(getattr(reader, "dataset", None), "features", {})
+    label = features.get(getattr(reader, "label_key", "label"))
+    if getattr(label, "names", None):  # Hugging Face datasets
+        return tuple(label.names)
+    raise UserError(f"{name} does not say what its classes are; use folder:PATH, or a data set with class names")
+
+
+Transform = Callable[[Image.Image], torch.Tensor]
+
+
+class Transformed(Dataset):
+    """A source's images as tensors; ``[i]`` is (tensor, class index), or an :class:`Unreadable`."""
+
+    def __init__(self, source: Source, transform: Transform) -> None:
+        self.dataset, self.transform = source.dataset, transform
+        self.mode = "L" if source.channels == 1 else "RGB"
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | Unreadable:
+        try:
+            image, label = self.dataset[index]
+            image = image.convert(self.mode)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+            return Unreadable(path_of(self.dataset, index), str(e))
+        return self.transform(image), label
+
+
+def collate(items: list[tuple[torch.Tensor, int] | Unreadable]) -> tuple[torch.Tensor, torch.Tensor, list[Unreadable]]:
+    """(images (n, channels, height, width), labels (n,), the unreadable ones, which are left out of both)."""
+    unreadable = [item for item in items if isinstance(item, Unreadable)]
+    good = [item for item in items if not isinstance(item, Unreadable)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    return images, torch.tensor([label for _, label in good], dtype=torch.long), unreadable

@@ -1,0 +1,1 @@
+"""Training: a recipe says all of a run, the loop runs it, checkpoints keep it."""

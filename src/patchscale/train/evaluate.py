@@ -1,0 +1,123 @@
+"""Scoring a checkpoint, from the file alone, and finding out which flip rule it was trained with."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from patchscale.data.sources import Source, open_source
+from patchscale.errors import UserError
+from patchscale.models.adventurer import FLIP_RULES, Adventurer
+from patchscale.models.weight_files import Which
+from patchscale.tasks.classification import Classification, Scores
+from patchscale.train.build import make_loader, refuse_or_note
+from patchscale.train.checkpoint import load_model
+from patchscale.train.device import autocast, resolve_device
+
+FLIP_TRIAL_IMAGES = 500
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` found."""
+
+    scores: Scores
+    recorded: Scores | None
+    """What training found for the same weights, if they come from a run."""
+    flip_trials: dict[str, Scores]
+    """With ``flip="auto"``: each rule's scores on the first images."""
+    flip: str | None
+
+
+def evaluate(
+    weights: str,
+    data: str | None = None,
+    which: Which = "model",
+    flip: str | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    precision: str | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    skip_unreadable: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Score a weight file on the validation images of a data set.
+
+    What is not given comes from the run that made the file, if one did.
+
+    Args:
+        weights: a run's folder (its best checkpoint), a file, a URL or a Hub id.
+        data: as in a recipe.
+        which: trained weights or their moving average.
+        flip: scan rule instead of the file's; ``"auto"`` tries all on 500 images and keeps the most accurate, the one
+            of lower loss where two are equal.
+        limit: score this many images, a fixed random sample; 0 for all.
+        batch_size: images at a time, 64 by default.
+        precision: ``"32-true"`` or ``"bf16-mixed"``.
+        device: by default the GPU where there is one.
+        workers: processes that read images.
+        skip_unreadable: leave out images that cannot be read.
+        note: told of things a user should know.
+        progress: told (images done, images in all).
+
+    Raises:
+        UserError: no data set given or recorded, one of other classes, or bad weights.
+    """
+    place = resolve_device(device)
+    loaded = load_model(weights, which, None if flip == "auto" else flip)
+    recipe = loaded.recipe
+    if data is None and recipe is None:
+        raise UserError(f"{weights} does not say what data it was trained on: give --data")
+    if limit is None and recipe is not None and data in (None, recipe.data):
+        limit = recipe.val_limit
+    source = open_source(data or recipe.data, "val", limit or None)
+    if len(source.classes) != loaded.model.num_classes:
+        raise UserError(f"the model has {loaded.model.num_classes} classes, the data {len(source.classes)}")
+    if source.channels != loaded.preprocessing.channels:
+        raise UserError(f"the model takes {loaded.preprocessing.channels} channels, the data has {source.channels}")
+    if source.note:
+        note(source.note)
+    batch_size = batch_size or (recipe.batch_size if recipe else 64)
+    precision = precision or (recipe.precision if recipe else "32-true")
+    model = loaded.model.to(place)
+    task = Classification(len(source.classes))
+
+    def score(images: Source) -> Scores:
+        loader = make_loader(images, loaded.preprocessing.transform(), batch_size, workers, place)
+        with autocast(place, precision):
+            return task.evaluate(model, _batches(loader, place, skip_unreadable, note, progress))
+
+    trials: dict[str, Scores] = {}
+    if flip == "auto":
+        if not isinstance(model, Adventurer):
+            raise UserError("--flip auto is for Adventurer models alone")
+        few = source.sample(FLIP_TRIAL_IMAGES)
+        for rule in FLIP_RULES:
+            model.set_flip(rule)
+            trials[rule] = score(few)
+        model.set_flip(max(trials, key=lambda rule: (trials[rule].top1, -trials[rule].loss)))
+    recorded = loaded.checkpoint.extra.get("ema_scores" if which == "ema" else "scores")
+    scores = score(source)
+    return Evaluation(scores, Scores(**recorded) if recorded else None, trials, getattr(model, "flip", None))
+
+
+def _batches(
+    loader: DataLoader,
+    device: torch.device,
+    skip_unreadable: bool,
+    note: Callable[[str], None],
+    progress: Callable[[int, int], None],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    total = len(loader.dataset)  # type: ignore[arg-type]
+    done = 0
+    for images, labels, unreadable in loader:
+        for item in unreadable:
+            refuse_or_note(item, skip_unreadable, note)
+        done += len(labels) + len(unreadable)
+        if len(labels):
+            yield images.to(device), labels.to(device)
+        progress(done, total)

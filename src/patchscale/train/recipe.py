@@ -1,0 +1,139 @@
+"""All of a training run, in one dataclass; each field is a flag of ``patchscale train``."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from patchscale.errors import UserError
+
+Precision = Literal["32-true", "bf16-mixed"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run. Sizes in pixels, learning rates absolute (not scaled by the batch)."""
+
+    model: str
+    """A name that `patchscale models` lists, or any other timm model."""
+    data: str
+    """digits, cifar100:PATH, folder:PATH, or a name timm knows (hfds/NAME, wds/NAME:PATH, torch/NAME:PATH)."""
+    img_size: int | tuple[int, int] | None = None
+    """Image size the model is made for; by default the one in its name."""
+    patch_size: int | tuple[int, int] | None = None
+    """Patch size; by default the one in its name."""
+    embed_dim: int | None = None
+    """Width; by default the model's."""
+    depth: int | None = None
+    """Blocks; by default the model's."""
+    flip: Literal["alternate", "pairs", "released"] | None = None
+    """Which blocks scan from the right; by default every second one."""
+    drop_path: float = 0.0
+    """Stochastic depth."""
+    weights: str | None = None
+    """Start from these weights (a file, URL or Hub id); patches and positions are resized to fit."""
+    limit_train: int | None = None
+    """Train on this many images, a fixed random sample."""
+    limit_val: int | None = None
+    """Evaluate on this many; by default as many as limit_train where that is given, else all. 0 for all."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read, instead of stopping."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the random crop's share of the image's area."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: float = 0.0
+    """Strength of colour jitter."""
+    mixup: float = 0.0
+    """Alpha of mixup (published: 0.8)."""
+    cutmix: float = 0.0
+    """Alpha of cutmix (published: 1)."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    eval_crop: float | None = None
+    """Share of the image that evaluation's centre crop keeps; by default as published for the size, 1 up to 32 px."""
+
+    epochs: int = 100
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images a step."""
+    accumulate: int = 1
+    """Do each step's images in this many parts, for less memory."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine."""
+    warmup_lr: float = 1e-6
+    """Learning rate at the start of the warm-up."""
+    warmup_epochs: float | None = None
+    """Length of the warm-up; by default 5 epochs, or a tenth of a shorter run."""
+    weight_decay: float = 0.05
+    """AdamW's, on matrices and kernels alone (as published)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    clip_grad: float | None = None
+    """Largest norm of all gradients together; by default none."""
+    ema_decay: float | None = None
+    """Keep and evaluate an average of the weights with this decay a step (published: 0.99996)."""
+
+    precision: Precision = "32-true"
+    """bf16-mixed computes matrix products in bfloat16."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; by default the GPU where there is one."""
+    workers: int | None = None
+    """Processes that read images; by default as many as help."""
+    seed: int = 0
+    """Of the weights, the order of images and the augmentation."""
+    grad_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, more time."""
+    output: Path | None = None
+    """Folder of the run; by default a new one under runs/."""
+
+    def __post_init__(self) -> None:
+        positive = {"epochs": self.epochs, "batch_size": self.batch_size, "accumulate": self.accumulate, "lr": self.lr}
+        for name, value in positive.items():
+            if not value > 0:
+                raise UserError(f"{_flag(name)} is {value}, expected more than 0")
+        if self.accumulate > self.batch_size:
+            raise UserError(f"--accumulate is {self.accumulate}, more than the {self.batch_size} images of a batch")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise UserError(f"--crop-scale is {low} {high}, expected 0 < low <= high <= 1")
+        for name in ("hflip", "drop_path"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{_flag(name)} is {getattr(self, name)}, expected 0 to 1")
+        if self.eval_crop is not None and not 0 < self.eval_crop <= 1:
+            raise UserError(f"--eval-crop is {self.eval_crop}, expected more than 0, up to 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"--ema-decay is {self.ema_decay}, expected between 0 and 1")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise UserError(f"--clip-grad is {self.clip_grad}, expected more than 0; leave it out for none")
+
+    @property
+    def val_limit(self) -> int | None:
+        """How many images are evaluated on, None for all."""
+        return self.limit_train if self.limit_val is None else self.limit_val or None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and checkpoints."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """What :meth:`to_dict` gave.
+
+        Raises:
+            UserError: a field that this version does not know.
+        """
+        unknown = values.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise UserError(f"the recipe has unknown fields: {', '.join(sorted(unknown))}")
+        restored = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if restored.get("output") is not None:
+            restored["output"] = Path(restored["output"])
+        return cls(**restored)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
