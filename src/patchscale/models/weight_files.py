@@ -175,10 +175,9 @@ def _first_global_of_bare_pickle(path: Path) -> str | None:
 def _locate(source: str | os.PathLike) -> Path:
     text, path = str(source), Path(source)
     if path.is_dir():
-        found = path / "model.safetensors"
-        if found.exists():
-            return found
-        weights = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
+        # What timm calls an exported model, and what a training run calls its best checkpoint.
+        known = [path / name for name in ("model.safetensors", "best.pt") if (path / name).exists()]
+        weights = known[:1] or sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
         if len(weights) == 1:
             return weights[0]
         raise UserError(f"{path} holds {len(weights)} weight files; name one of them")

@@ -144,15 +144,19 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike, which: Wh
     others = sorted(p.name for p in target.parent.glob("*.safetensors") if p != target)
     if config_path.exists() and others:
         raise UserError(f"{config_path} describes {', '.join(others)} in the same folder; write to a folder of its own")
-    model = create_from_checkpoint(read_checkpoint(source, which))
-    model_args = get_model_args(model)  # what timm rebuilds the model from
+    checkpoint = read_checkpoint(source, which)
+    model = create_from_checkpoint(checkpoint)
+    record = {key: checkpoint.extra[key] for key in ("preprocessing", "classes") if key in checkpoint.extra}
+    record |= {"model_name": model.pretrained_cfg["architecture"], "model_args": get_model_args(model)}
     make_folder(target.parent)
 
     def write_config(path: Path) -> None:
-        save_config_for_hf(model, str(path))
+        fed = record.get("preprocessing")
+        data = None if fed is None else {"mean": fed["mean"], "std": fed["std"], "crop_pct": fed["crop"]}
+        labels = {"label_names": record["classes"]} if "classes" in record else {}
+        save_config_for_hf(model, str(path), model_config=labels, data_config=data)
 
     def write_weights(path: Path) -> None:
-        record = {"model_name": model.pretrained_cfg["architecture"], "model_args": model_args}
         metadata = {"format": "pt", "patchscale": json.dumps(record)}
         tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
         safetensors.torch.save_file(tensors, path, metadata=metadata)

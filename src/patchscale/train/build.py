@@ -121,7 +121,8 @@ def refuse_or_note(item: Unreadable, skip: bool, note: Callable[[str], None]) ->
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW with the published groups: no decay of one-dimensional parameters, positions and the class token."""
-    groups = param_groups_weight_decay(model, recipe.weight_decay, model.no_weight_decay())
+    skipped = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=skipped)
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
 
 

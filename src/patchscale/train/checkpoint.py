@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.data import resolve_input_data_config
 from torch import nn
 
 from patchscale.data.transforms import Preprocessing
@@ -68,16 +69,15 @@ def load_model(weights: str, which: Which = "model", flip: str | None = None) ->
     Raises:
         UserError: as :func:`patchscale.load_weights`.
     """
-    folder = Path(weights)
-    checkpoint = read_checkpoint(folder / BEST if (folder / BEST).exists() else weights, which)
+    checkpoint = read_checkpoint(weights, which)
     model = create_from_checkpoint(checkpoint, **({} if flip is None else {"flip": flip}))
     classes = checkpoint.extra.get("classes")
     recorded = checkpoint.extra.get("preprocessing")
     if recorded is not None:
         preprocessing = Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items()})
     else:
-        cfg = model.pretrained_cfg
-        size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
-        crop = evaluation_crop(max(patch), max(size))
-        preprocessing = Preprocessing(size, model.in_chans, cfg["mean"], cfg["std"], crop)
+        config = resolve_input_data_config(model)
+        channels, *size = config["input_size"]
+        crop = evaluation_crop(max(model.patch_embed.patch_size), max(size))
+        preprocessing = Preprocessing((size[0], size[1]), channels, config["mean"], config["std"], crop)
     return LoadedModel(model.eval(), checkpoint, preprocessing, None if classes is None else tuple(classes))

@@ -1,0 +1,151 @@
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from patchscale.data.sources import Transformed, Unreadable, collate, open_source
+from patchscale.errors import UserError
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    for split, name, index in itertools.product(("train", "val"), ("cat", "dog"), range(2)):
+        path = tmp_path / split / name / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10, 12), (index * 100, 50, 200)).save(path)
+    return tmp_path
+
+
+def test_digits_are_sklearns_split_without_overlap():
+    digits = load_digits()
+    train, val = open_source("digits", "train"), open_source("digits", "val")
+    assert len(train) + len(val) == len(digits.images) == 1797
+    everything = np.concatenate([np.stack([np.asarray(s.dataset[i][0]) for i in range(len(s))]) for s in (train, val)])
+    expected = np.round(digits.images * 255 / 16).astype(np.uint8)
+    as_sets = [sorted(map(bytes, a.reshape(len(a), -1))) for a in (everything, expected)]
+    assert as_sets[0] == as_sets[1]
+
+
+def test_digits_carry_the_mean_and_deviation_of_their_training_images():
+    source = open_source("digits", "train")
+    pixels = np.stack([np.asarray(source.dataset[i][0]) for i in range(len(source))]) / 255
+    assert source.mean[0] == pytest.approx(pixels.mean(), abs=2e-3)
+    assert source.std[0] == pytest.approx(pixels.std(), abs=2e-3)
+
+
+def test_a_sample_is_the_same_every_time_and_covers_more_than_one_class():
+    first, again = open_source("digits", "train", 100), open_source("digits", "train", 100)
+    labels = [first.dataset[i][1] for i in range(100)]
+    assert labels == [again.dataset[i][1] for i in range(100)]
+    assert len(set(labels)) == 10
+
+
+def test_compact_cifar100_is_the_data_set(shared):
+    source = open_source(f"cifar100:{shared / 'data' / 'cifar100'}", "val")
+    images = np.stack([np.asarray(source.dataset[i][0]) for i in range(len(source))])
+    labels = np.array([source.dataset[i][1] for i in range(len(source))])
+    assert images.shape == (10_000, 32, 32, 3)
+    assert (np.bincount(labels) == 100).all()
+    assert source.classes[0] == "apple"
+    assert source.classes[99] == "worm"
+    # CIFAR-100's published channel means are of the training set; the test set's lie within half a percent.
+    assert images.mean((0, 1, 2)) / 255 == pytest.approx([0.5071, 0.4865, 0.4409], abs=5e-3)
+
+
+def test_a_limit_takes_the_first_tiles_of_compact_cifar100(shared):
+    path = f"cifar100:{shared / 'data' / 'cifar100'}"
+    few, more = open_source(path, "train", 10), open_source(path, "train", 1500)
+    assert (len(few), len(more)) == (10, 1500)
+    for i in range(10):
+        assert few.dataset[i][1] == more.dataset[i][1]
+        assert np.array_equal(few.dataset[i][0], more.dataset[i][0])
+
+
+def test_folder_has_its_own_splits(image_folder):
+    train = open_source(f"folder:{image_folder}", "train")
+    assert train.classes == ("cat", "dog")
+    assert len(train) == 4
+    assert not train.note
+
+
+def test_a_single_split_says_that_it_is_evaluated_on_what_it_trained_on(image_folder):
+    assert "single split" in open_source(f"folder:{image_folder / 'train'}", "val").note
+
+
+def test_the_images_folder_of_a_data_set_is_found(shared):
+    source = open_source(f"folder:{shared / 'data' / 'imagenet1k_samples'}", "val")
+    assert len(source.classes) == 1000
+    assert source.classes[0] == "n01440764"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nonsense", "unknown data 'nonsense'"),
+        ("folder:", "unknown data"),
+        ("folder:/no/such/place", "no such folder"),
+        ("cifar100:/no/such/place", "no such folder"),
+    ],
+)
+def test_bad_names_are_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        open_source(name, "train")
+
+
+def test_a_folder_without_classes_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no class folders"):
+        open_source(f"folder:{tmp_path}", "train")
+
+
+def test_an_empty_class_is_refused_and_named(image_folder):
+    (image_folder / "train" / "mouse").mkdir()
+    with pytest.raises(UserError, match="mouse"):
+        open_source(f"folder:{image_folder}", "train")
+
+
+def test_a_single_class_is_refused(tmp_path):
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "0.png")
+    with pytest.raises(UserError, match="single class, 'cat'"):
+        open_source(f"folder:{tmp_path}", "train")
+
+
+def test_a_folder_that_is_no_cifar_is_refused(tmp_path):
+    with pytest.raises(UserError, match="neither the compact copy"):
+        open_source(f"cifar100:{tmp_path}", "train")
+
+
+def test_a_missing_validation_split_is_named(image_folder):
+    for path in (image_folder / "val").rglob("*.png"):
+        path.unlink()
+    for folder in (image_folder / "val" / "cat", image_folder / "val" / "dog", image_folder / "val"):
+        folder.rmdir()
+    with pytest.raises(UserError, match="has train but none of val"):
+        open_source(f"folder:{image_folder}", "val")
+
+
+def test_what_timm_cannot_open_is_refused(tmp_path):
+    with pytest.raises(UserError, match="timm cannot open torch/cifar10"):
+        open_source(f"torch/cifar10:{tmp_path}", "train")
+
+
+def test_an_unreadable_image_is_passed_on_by_name(image_folder):
+    broken = image_folder / "train" / "dog" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    data = Transformed(open_source(f"folder:{image_folder}", "train"), lambda image: np.asarray(image))
+    items = [data[i] for i in range(len(data))]
+    assert [isinstance(item, Unreadable) for item in items] == [False, False, False, True]
+    assert items[3].path == str(broken)
+
+
+def test_collate_leaves_the_unreadable_out():
+    import torch
+
+    good = (torch.ones(1, 2, 2), 3)
+    bad = Unreadable("a.png", "truncated")
+    images, labels, unreadable = collate([good, bad, good])
+    assert images.shape == (2, 1, 2, 2)
+    assert labels.tolist() == [3, 3]
+    assert unreadable == [bad]

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+from patchscale.errors import UserError
+from patchscale.tasks.classification import Classification
+
+
+class Fixed(nn.Module):
+    """A model whose logits are its input's first row."""
+
+    def forward(self, x):
+        return x[:, 0, 0]
+
+
+def batch(count=40, classes=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 1, 1, classes, generator=generator), torch.randint(
+        classes, (count,), generator=generator
+    )
+
+
+def test_scores_are_the_metrics_by_their_definition():
+    images, labels = batch()
+    logits = images[:, 0, 0]
+    order = logits.argsort(dim=1, descending=True)
+    scores = Classification(10).evaluate(Fixed(), [(images[:7], labels[:7]), (images[7:], labels[7:])])
+    assert scores.top1 == pytest.approx(100 * (order[:, 0] == labels).double().mean().item())
+    assert scores.top5 == pytest.approx(100 * (order[:, :5] == labels[:, None]).any(1).double().mean().item())
+    assert scores.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert scores.images == 40
+
+
+def test_with_fewer_than_five_classes_top5_is_complete():
+    images, labels = batch(classes=3)
+    assert Classification(3).evaluate(Fixed(), [(images, labels)]).top5 == 100
+
+
+def test_evaluation_leaves_the_model_in_its_mode():
+    model = Fixed().train()
+    Classification(10).evaluate(model, [batch()])
+    assert model.training
+
+
+def test_nothing_to_evaluate_is_an_error():
+    with pytest.raises(UserError, match="no readable image"):
+        Classification(10).evaluate(Fixed(), [])
+
+
+def test_smoothing_is_timms():
+    images, labels = batch()
+    ours = Classification(10, smoothing=0.1).loss(Fixed(), images, labels)
+    assert ours.item() == pytest.approx(LabelSmoothingCrossEntropy(0.1)(images[:, 0, 0], labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixed_targets_are_distributions_and_the_loss_is_their_cross_entropy(mixup, cutmix):
+    images, labels = torch.randn(8, 3, 4, 10), torch.randint(10, (8,))
+    np.random.seed(0)
+    task = Classification(10, smoothing=0.1, mixup=mixup, cutmix=cutmix)
+    mixed, targets = task.augment(images.clone(), labels)
+    assert targets.shape == (8, 10)
+    assert torch.allclose(targets.sum(1), torch.ones(8))
+    # A smoothed target keeps smoothing / classes everywhere, whatever the mix.
+    assert targets.min() == pytest.approx(0.01)
+    assert not torch.equal(mixed, images)
+    ours = task.loss(Fixed(), mixed, targets)
+    assert ours.item() == pytest.approx(SoftTargetCrossEntropy()(mixed[:, 0, 0], targets).item(), rel=1e-5)
+
+
+def test_mixing_drops_the_odd_image():
+    task = Classification(10, mixup=0.8)
+    mixed, targets = task.augment(torch.randn(5, 3, 4, 4), torch.randint(10, (5,)))
+    assert len(mixed) == len(targets) == 4
+
+
+@pytest.mark.parametrize("bad", [{"smoothing": 1.0}, {"smoothing": -0.1}, {"mixup": -1.0}])
+def test_bad_values_are_refused(bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        Classification(10, **bad)

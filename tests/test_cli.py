@@ -1,0 +1,174 @@
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from patchscale.cli import main
+
+SMALL = ["--img-size", "8", "--embed-dim", "32", "--depth", "2", "--batch-size", "32", "--limit-train", "320"]
+TRAIN = ["train", "--model", "adventurer_tiny_patch4", "--data", "digits", "--workers", "0", "--hflip", "0", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small finished run."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main([*TRAIN, "--epochs", "2", "--lr", "4e-3", "--output", str(folder)]) == 0
+    return folder
+
+
+def fails(capsys, arguments, status=2):
+    """The one line on standard error with which a command ends."""
+    assert main([str(a) for a in arguments]) == status
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("patchscale: ")
+    return lines[0]
+
+
+def test_eval_repeats_training_from_the_checkpoint_alone(run, capsys):
+    assert main(["eval", "--weights", str(run / "last.pt")]) == 0
+    scores, recorded = capsys.readouterr().out.strip().splitlines()
+    assert scores.startswith(recorded.removeprefix("training recorded: "))
+
+
+def test_a_run_is_resumed_by_its_own_recipe_changed_by_flags(run, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    assert main(["train", "--resume", str(copy), "--epochs", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"^epoch (\d+)", printed, re.M) == ["3"]
+
+
+def test_eval_tries_the_flip_rules_and_keeps_the_most_accurate(run, capsys):
+    # Depth 2 gives "pairs" and "released" the same blocks, none: the trained rule is alone in flipping one.
+    assert main(["eval", "--weights", str(run), "--flip", "auto"]) == 0
+    out = capsys.readouterr().out
+    rows = re.findall(r"(alternate|pairs|released)( \*)? +│ +([\d.]+)", out)
+    assert [name for name, _, _ in rows] == ["alternate", "pairs", "released"]
+    assert rows[1][2] == rows[2][2]
+    assert next(name for name, star, _ in rows if star) == "alternate"
+    assert float(rows[0][2]) > float(rows[1][2])
+
+
+def test_predict_prints_the_classes_and_writes_the_picture(run, tmp_path, capsys):
+    from patchscale.data.sources import open_source
+
+    image, label = open_source("digits", "train").dataset[0]
+    image.save(tmp_path / "digit.png")
+    picture = tmp_path / "new" / "features.png"
+    arguments = ["predict", tmp_path / "digit.png", "--weights", run, "--features", picture, "--top", "3"]
+    assert main([str(a) for a in arguments]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    shares = [float(line.split("%")[0]) for line in lines[:3]]
+    assert shares == sorted(shares, reverse=True)
+    assert {line.split()[-1] for line in lines[:3]} <= set("0123456789")
+    assert Image.open(picture).size == (896, 448)
+
+
+def test_convert_writes_what_timm_reads(run, tmp_path):
+    import timm
+
+    assert main(["convert", str(run / "last.pt"), str(tmp_path / "out")]) == 0
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    weights = torch.load(run / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert model.pretrained_cfg["mean"] == [0.305]
+
+
+def test_a_converted_file_is_fed_as_the_run_was(run, tmp_path, capsys):
+    assert main(["convert", str(run / "last.pt"), str(tmp_path / "out")]) == 0
+    limits = ["--data", "digits", "--limit-val", "320"]
+    capsys.readouterr()
+    assert main(["eval", "--weights", str(run / "last.pt"), *limits]) == 0
+    expected = capsys.readouterr().out.splitlines()[0]
+    assert main(["eval", "--weights", str(tmp_path / "out"), *limits, "--batch-size", "32"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == expected
+
+
+def test_models_lists_published_accuracies(capsys):
+    assert main(["models", "*base_patch16_*"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"adventurer_base_patch16_224 +│ +197 │ +98\.7 │ +82\.6", out)
+
+
+def test_env_names_the_implementation_of_each_operator(capsys, monkeypatch):
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"ssd_scan +torch \(the default on", out)
+    monkeypatch.setenv("PATCHSCALE_OPS", "reference")
+    assert main(["env"]) == 0
+    assert re.search(r"ssd_scan +reference \(set by PATCHSCALE_OPS\)", capsys.readouterr().out)
+
+
+def test_a_wrong_model_name_offers_near_ones(capsys):
+    line = fails(capsys, ["train", "--model", "adventurer_bas_patch16_224", "--data", "digits"])
+    assert "adventurer_base_patch16_224" in line
+
+
+def test_a_patch_that_does_not_divide_the_image_names_sizes_that_do(capsys, tmp_path):
+    line = fails(capsys, [*TRAIN, "--patch-size", "3", "--output", tmp_path / "x"])
+    assert "6x6 or 9x9" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["train", "--model", "adventurer_tiny_patch4", "--data", "folder:/no/such/folder"],
+        ["train", "--model", "adventurer_tiny_patch4", "--data", "nonsense"],
+        ["train", "--resume", "/no/such/run"],
+        ["eval", "--weights", "/no/such/file.pth", "--data", "digits"],
+        ["predict", "/no/such/image.png", "--weights", "/no/such/file.pth"],
+        ["convert", "/no/such/file.pth", "out"],
+        ["models", "nonsense"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:3]),
+)
+def test_bad_input_is_one_line_and_exit_status_2(capsys, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, arguments)
+
+
+def test_a_hostile_file_is_refused_by_name_and_not_run(capsys, tmp_path):
+    import os
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"model": {"a": torch.zeros(1)}, "extra": Hostile()}, tmp_path / "bad.pth")
+    line = fails(capsys, ["eval", "--weights", tmp_path / "bad.pth", "--data", "digits"])
+    assert "posix.mkdir" in line
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unreadable_image_is_named(capsys, tmp_path, run):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    assert "a.png" in fails(capsys, ["predict", tmp_path / "a.png", "--weights", run])
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_training(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write to" in fails(capsys, [*TRAIN, "--epochs", "1", "--output", tmp_path / "file" / "run"])
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_exit_status_1(capsys, tmp_path):
+    arguments = [*TRAIN, "--epochs", "5", "--lr", "1e30", "--warmup-epochs", "0", "--output", tmp_path / "run"]
+    assert main([str(a) for a in arguments]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"the loss is (nan|inf) at step \d+ with learning rate 9\.99e\+29; no checkpoint", line)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"]])
+def test_help_is_no_error(arguments):
+    found = subprocess.run([sys.executable, "-m", "patchscale", *arguments], capture_output=True, text=True)
+    assert found.returncode == 0
+    assert "Traceback" not in found.stderr
+    assert len(found.stdout.splitlines()) > 5

@@ -1,0 +1,198 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from patchscale.errors import TrainingStopped, UserError
+from patchscale.train import loop
+from patchscale.train.evaluate import evaluate
+from patchscale.train.loop import Observer, train
+
+
+def weights_of(folder: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+class Interrupt(Observer):
+    """Stops a run after an epoch, as Ctrl-C would."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def epoch(self, report) -> None:
+        if report.epoch == self.after:
+            raise KeyboardInterrupt
+
+
+def test_a_run_learns_and_leaves_what_it_says(recipe):
+    result = train(recipe(epochs=6))
+    assert result.scores.top1 > 60  # chance is 10
+    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["top1"] == result.scores.top1
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert json.loads((result.folder / "recipe.json").read_text())["embed_dim"] == 32
+    assert list((result.folder / "tensorboard").glob("events*"))
+    assert not list(result.folder.glob("*.tmp"))
+
+
+def test_evaluation_of_the_checkpoint_alone_repeats_what_training_printed(recipe):
+    result = train(recipe(smoothing=0.1, mixup=0.8))
+    found = evaluate(str(result.folder / "last.pt"))
+    assert found.scores == result.scores == found.recorded
+
+
+def test_the_average_of_the_weights_is_evaluated_and_kept(recipe):
+    result = train(recipe(ema_decay=0.9))
+    found = evaluate(str(result.folder / "last.pt"), which="ema")
+    assert found.scores == result.reports[-1].ema_scores == found.recorded
+    assert found.scores != result.scores
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_resumed_after_an_epoch_ends_with_the_same_weights(recipe, tmp_path, workers):
+    settings = {"mixup": 0.8, "cutmix": 1.0, "ema_decay": 0.9, "drop_path": 0.1, "accumulate": 2, "workers": workers}
+    whole = train(recipe(**settings, output=tmp_path / "whole"))
+    interrupted = recipe(**settings, output=tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted, observer=Interrupt(after=1))
+    resumed = train(interrupted, resume=tmp_path / "parts")
+    assert_same(weights_of(whole.folder), weights_of(resumed.folder))
+    rows = [(r.folder / "metrics.jsonl").read_text().splitlines() for r in (whole, resumed)]
+    losses = [[json.loads(row)["train_loss"] for row in part] for part in rows]
+    assert losses[0] == losses[1]
+
+
+def test_rows_of_epochs_that_are_run_again_are_not_kept_twice(recipe):
+    result = train(recipe())
+    shutil.copy(result.folder / "metrics.jsonl", result.folder / "before")
+    state = torch.load(result.folder / "last.pt", weights_only=True)
+    state["epoch"] = 1
+    torch.save(state, result.folder / "last.pt")
+    again = train(recipe(), resume=result.folder)
+    epochs = [json.loads(row)["epoch"] for row in (again.folder / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == [1, 2, 3]
+
+
+def test_accumulation_and_checkpointing_change_memory_and_not_the_result(recipe, tmp_path):
+    plain = train(recipe(epochs=1, output=tmp_path / "a"))
+    parts = train(recipe(epochs=1, accumulate=4, output=tmp_path / "b"))
+    recomputed = train(recipe(epochs=1, grad_checkpointing=True, output=tmp_path / "c"))
+    assert parts.reports[0].train_loss == pytest.approx(plain.reports[0].train_loss, rel=1e-4)
+    assert recomputed.reports[0].train_loss == pytest.approx(plain.reports[0].train_loss, rel=1e-5)
+
+
+def test_bfloat16_autocast_learns(recipe):
+    result = train(recipe(precision="bf16-mixed", epochs=6))
+    assert result.scores.top1 > 60
+
+
+def test_a_run_starts_from_given_weights_resized_to_its_patches(recipe, tmp_path):
+    first = train(recipe(epochs=6, output=tmp_path / "first"))
+    second = train(recipe(epochs=1, lr=1e-6, warmup_epochs=0, output=tmp_path / "second", weights=str(first.folder)))
+    assert second.scores.top1 == pytest.approx(first.scores.top1, abs=3)
+    finer = train(recipe(epochs=1, patch_size=2, output=tmp_path / "finer", weights=str(first.folder)))
+    assert weights_of(finer.folder)["pos_embed"].shape == (1, 17, 32)
+
+
+def test_the_best_checkpoint_is_the_most_accurate_epoch(recipe):
+    result = train(recipe(epochs=6))
+    best = max(result.reports, key=lambda report: report.scores.top1)
+    assert result.best_epoch == best.epoch
+    assert evaluate(str(result.folder)).scores == best.scores
+
+
+def test_a_timm_model_trains_too(recipe):
+    result = train(
+        recipe(model="test_vit", embed_dim=None, depth=None, patch_size=4, epochs=1, img_size=8)
+    )
+    assert evaluate(str(result.folder / "last.pt")).scores == result.scores
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_rate_and_checkpoint(recipe, monkeypatch):
+    healthy = loop.Classification.loss
+
+    def loss(self, model, images, targets):
+        calls.append(1)
+        return healthy(self, model, images, targets) * (float("nan") if len(calls) == 13 else 1.0)
+
+    calls: list[int] = []
+    monkeypatch.setattr(loop.Classification, "loss", loss)
+    with pytest.raises(TrainingStopped, match=r"loss is nan at step 13 with learning rate .*last\.pt") as stopped:
+        train(recipe())
+    last = Path(str(stopped.value).split()[-1])
+    assert all(torch.isfinite(tensor).all() for tensor in weights_of(last.parent).values())
+
+
+@pytest.fixture
+def broken_folder(tmp_path):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (8, 8), (index * 60, 0, 0)).save(tmp_path / "images" / split / name / f"{index}.png")
+    broken = tmp_path / "images" / "train" / "cat" / "2.png"
+    broken.write_bytes(b"not an image")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_stops_training_by_name(recipe, broken_folder, workers):
+    with pytest.raises(UserError, match=r"cannot read .*cat/2\.png.*--skip-unreadable"):
+        train(recipe(data=f"folder:{broken_folder}", limit_train=None, batch_size=2, workers=workers))
+
+
+def test_unreadable_images_are_left_out_on_request_and_said_once(recipe, broken_folder):
+    class Notes(Observer):
+        notes: tuple[str, ...] = ()
+
+        def note(self, text: str) -> None:
+            self.notes += (text,)
+
+    observer = Notes()
+    settings = {"data": f"folder:{broken_folder}", "limit_train": None, "batch_size": 2, "skip_unreadable": True}
+    result = train(recipe(**settings, epochs=2), observer=observer)
+    assert len(result.reports) == 2
+    assert len(observer.notes) == 1
+    assert "2.png" in observer.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 1000}, "--batch-size is 1000, more than the 320 images"),
+        ({"patch_size": 3}, "nearest sizes that fit: 6x6 or 9x9"),
+        ({"embed_dim": 20}, "headdim"),
+        ({"device": "nonsense"}, "device 'nonsense'"),
+        ({"weights": "/no/such/file.pth"}, "no such weight file"),
+    ],
+)
+def test_bad_recipes_are_refused_before_work_is_done(recipe, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(recipe(**changes))
+
+
+def test_resuming_another_model_is_refused(recipe):
+    result = train(recipe(epochs=1))
+    with pytest.raises(UserError, match="cannot resume: the checkpoint is of another model"):
+        train(recipe(embed_dim=64, epochs=2), resume=result.folder)
+
+
+def test_resuming_nothing_is_refused(recipe, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        train(recipe(), resume=tmp_path)
+
+
+def test_resuming_a_finished_run_says_so(recipe):
+    result = train(recipe(epochs=1))
+    with pytest.raises(UserError, match="has already run its 1 epochs"):
+        train(recipe(epochs=1), resume=result.folder)

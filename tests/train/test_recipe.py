@@ -1,0 +1,45 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from patchscale.errors import UserError
+from patchscale.train.recipe import Recipe
+
+
+def test_a_recipe_survives_json():
+    recipe = Recipe("adventurer_tiny_patch4", "digits", img_size=(8, 16), output=Path("runs/x"), ema_decay=0.9)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("epochs", 0, "--epochs"),
+        ("batch_size", -1, "--batch-size"),
+        ("lr", 0.0, "--lr"),
+        ("accumulate", 65, "--accumulate"),
+        ("crop_scale", (0.5, 0.2), "--crop-scale"),
+        ("hflip", 1.5, "--hflip"),
+        ("drop_path", -0.1, "--drop-path"),
+        ("eval_crop", 0.0, "--eval-crop"),
+        ("ema_decay", 1.0, "--ema-decay"),
+        ("clip_grad", 0.0, "--clip-grad"),
+    ],
+)
+def test_bad_values_are_refused_by_the_name_of_their_flag(field, value, flag):
+    with pytest.raises(UserError, match=flag):
+        Recipe("m", "d", **{field: value})
+
+
+def test_a_field_of_another_version_is_named():
+    with pytest.raises(UserError, match="colour"):
+        Recipe.from_dict({"model": "m", "data": "d", "colour": 1})
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [({}, None), ({"limit_train": 100}, 100), ({"limit_train": 100, "limit_val": 0}, None), ({"limit_val": 5}, 5)],
+)
+def test_the_validation_limit_follows_the_training_limit(limits, expected):
+    assert Recipe("m", "d", **limits).val_limit == expected
