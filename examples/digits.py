@@ -85,7 +85,12 @@ def train_cell(patch_size: int, seed: int, epochs: int, folder: str, queue) -> d
 def run_cells(epochs: int, folder: Path, processes: int, console: Console) -> list[dict]:
     """All patch sizes and seeds, side by side, with a bar for each."""
     context = multiprocessing.get_context("spawn")
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+    )
     with (
         context.Manager() as manager,
         ProcessPoolExecutor(processes, mp_context=context) as pool,
@@ -151,9 +156,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     positions = range(len(rows))
     for axis, (key, label) in zip(axes, panels, strict=True):
-        axis.errorbar(
-            positions, [r[key] for r in rows], yerr=[r[f"{key}_spread"] for r in rows], marker="o", capsize=4
-        )
+        axis.errorbar(positions, [r[key] for r in rows], yerr=[r[f"{key}_spread"] for r in rows], marker="o", capsize=4)
         axis.set_xticks(positions, [f"{r['patch_size']}x{r['patch_size']}\n{r['tokens']} tokens" for r in rows])
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)

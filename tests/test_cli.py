@@ -60,7 +60,7 @@ def test_eval_tries_the_flip_rules_and_keeps_the_most_accurate(run, capsys):
 def test_predict_prints_the_classes_and_writes_the_picture(run, tmp_path, capsys):
     from patchscale.data.sources import open_source
 
-    image, label = open_source("digits", "train").dataset[0]
+    image, _ = open_source("digits", "train").dataset[0]
     image.save(tmp_path / "digit.png")
     picture = tmp_path / "new" / "features.png"
     arguments = ["predict", tmp_path / "digit.png", "--weights", run, "--features", picture, "--top", "3"]

@@ -9,5 +9,10 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class TrainingStopped(RuntimeError):
     """Training cannot go on (a non-finite loss, say): the message names the step and the last good checkpoint."""

@@ -5,7 +5,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from patchscale.errors import UserError
+from safetensors import SafetensorError
+
+from patchscale.errors import UserError, first_line
 
 
 def make_folder(folder: Path) -> None:
@@ -36,7 +38,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e}") from e
-    except (RuntimeError, ValueError) as e:  # torch's and safetensors' words for a full disk
-        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}") from e
+    except (RuntimeError, SafetensorError) as e:  # torch's and safetensors' words for a full disk
+        raise UserError(f"cannot write {path}: {first_line(e)}") from e
     finally:
         temporary.unlink(missing_ok=True)

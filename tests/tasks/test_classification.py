@@ -18,9 +18,7 @@ class Fixed(nn.Module):
 
 def batch(count=40, classes=10, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 1, 1, classes, generator=generator), torch.randint(
-        classes, (count,), generator=generator
-    )
+    return torch.randn(count, 1, 1, classes, generator=generator), torch.randint(classes, (count,), generator=generator)
 
 
 def test_scores_are_the_metrics_by_their_definition():

@@ -112,9 +112,7 @@ def test_the_best_checkpoint_is_the_most_accurate_epoch(recipe):
 
 
 def test_a_timm_model_trains_too(recipe):
-    result = train(
-        recipe(model="test_vit", embed_dim=None, depth=None, patch_size=4, epochs=1, img_size=8)
-    )
+    result = train(recipe(model="test_vit", embed_dim=None, depth=None, patch_size=4, epochs=1, img_size=8))
     assert evaluate(str(result.folder / "last.pt")).scores == result.scores
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset, Subset
 
-from patchscale.errors import UserError
+from patchscale.errors import UserError, first_line
 
 Split = Literal["train", "val"]
 
@@ -166,7 +166,7 @@ def _folder(path: Path, split: Split) -> Source:
     try:
         dataset = ImageFolder(str(root))
     except FileNotFoundError as e:
-        raise UserError(f"{root}: {str(e).splitlines()[0]}") from e
+        raise UserError(f"{root}: {first_line(e)}") from e
     return Source(dataset, tuple(dataset.classes), note=note)
 
 
@@ -196,7 +196,7 @@ def _timm(name: str, root: str | None, split: Split) -> Source:
     try:
         dataset = create_dataset(name, root=root, split="train" if split == "train" else "validation")
     except (OSError, RuntimeError, ValueError, AssertionError, ImportError, KeyError) as e:
-        raise UserError(f"timm cannot open {name} at {root or 'no path'}: {str(e).splitlines()[0] or type(e)}") from e
+        raise UserError(f"timm cannot open {name} at {root or 'no path'}: {first_line(e)}") from e
     return Source(dataset, _class_names(name, dataset))
 
 

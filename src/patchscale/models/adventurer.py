@@ -23,7 +23,7 @@ from timm.models import (
     register_model,
 )
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
+from timm.models._input import get_pretrained_grid_size, update_model_input_size
 from torch import Tensor, nn
 
 from patchscale.errors import UserError
@@ -119,6 +119,8 @@ class Adventurer(nn.Module):
             strict_img_size=not dynamic_img_size,
             **dd,
         )
+        # Before the blocks, as published: saved optimiser states number parameters by it.
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         drop_path_rates = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()]
         self.layers = nn.Sequential(
             *(
@@ -132,7 +134,6 @@ class Adventurer(nn.Module):
         ]
         self.norm_f = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights()
 
     @torch.no_grad()
@@ -178,10 +179,10 @@ class Adventurer(nn.Module):
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into depth groups, for layer decay."""
+        """Patterns that sort parameters into depth groups, for layer decay; head and last norm decay least."""
         return {
             "stem": r"^cls_token|pos_embed|patch_embed",
-            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+            "blocks": r"^layers\.(\d+)",
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -410,7 +411,8 @@ def _download_published(name: str, published_name: str, cache_dir: str | None) -
 def _checkpoint_filter_fn(weights: dict[str, Tensor], model: Adventurer) -> dict[str, Tensor]:
     """What timm calls on weights it has read itself (``hf-hub:`` and ``local-dir:`` models)."""
     weights = dict(weights)
-    fit_tokens(model, weights)
+    patches = weights["pos_embed"].shape[1] - 1 if "pos_embed" in weights else 0
+    fit_tokens(model, weights, get_pretrained_grid_size(model, weights.get("patch_embed.proj.weight"), patches))
     return weights
 
 

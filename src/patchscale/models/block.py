@@ -127,10 +127,11 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
+        # In the published order: saved optimiser states number parameters by it.
         self.mixer = Mamba2Mixer(embed_dim, d_state, headdim, expand, reverse, **dd)
-        self.norm_mlp = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
+        self.norm = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
         self.mlp = SwiGLU(embed_dim, **dd)
+        self.norm_mlp = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

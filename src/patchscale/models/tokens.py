@@ -128,8 +128,14 @@ def resize_pos_embed(
     return torch.cat([grid, entry] if class_token == "last" else [entry, grid], dim=1)
 
 
-def fit_tokens(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def fit_tokens(model: nn.Module, weights: dict[str, Tensor], grid: tuple[int, int] | None = None) -> None:
     """Fit a state dict's image channels, patch size and positions to a model of the same width, in place.
+
+    Args:
+        model: the model.
+        weights: the state dict.
+        grid: the (rows, columns) of its positions. If None, as many positions as the model's are taken to be on the
+            same grid, and others on a square one.
 
     Raises:
         UserError: the positions must be resized and their grid is not square.
@@ -144,9 +150,10 @@ def fit_tokens(model: nn.Module, weights: dict[str, Tensor]) -> None:
         kernel = resize_patch_embed(kernel, (wanted.shape[2], wanted.shape[3]))
     weights["patch_embed.proj.weight"] = kernel
     positions = weights.get("pos_embed")
-    if positions is not None and positions.shape[1] != own["pos_embed"].shape[1]:
-        side = square_side(positions.shape[1] - 1)
-        weights["pos_embed"] = resize_pos_embed(positions, (side, side), model.patch_embed.grid_size)
+    if positions is None or (grid is None and positions.shape[1] == own["pos_embed"].shape[1]):
+        return
+    side = None if grid else square_side(positions.shape[1] - 1)
+    weights["pos_embed"] = resize_pos_embed(positions, grid or (side, side), model.patch_embed.grid_size)
 
 
 def square_side(patches: int) -> int:

@@ -16,8 +16,8 @@ import torch
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-from patchscale.errors import UserError
-from patchscale.models.tokens import fit_tokens
+from patchscale.errors import UserError, first_line
+from patchscale.models.tokens import fit_tokens, grid_size, square_side
 
 Which = Literal["model", "ema"]
 
@@ -44,10 +44,23 @@ class Checkpoint(NamedTuple):
     path: Path
 
     @property
+    def grid(self) -> tuple[int, int] | None:
+        """The (rows, columns) of patches, None if the file does not tell."""
+        config = self.extra.get("model_args")
+        if isinstance(config, dict) and {"img_size", "patch_size"} <= config.keys():
+            return grid_size(config["img_size"], config["patch_size"])
+        # The published code makes square images alone.
+        positions = self.weights.get("pos_embed")
+        if positions is None or not isinstance(self.extra.get("args"), argparse.Namespace):
+            return None
+        side = square_side(positions.shape[1] - 1)
+        return side, side
+
+    @property
     def flip(self) -> str | None:
         """The flip rule these weights were trained or published with, None if the file does not tell."""
-        config = self.extra.get("model_args") or {}
-        if "flip" in config:
+        config = self.extra.get("model_args")
+        if isinstance(config, dict) and "flip" in config:
             return config["flip"]
         # Files of the published code hold its command line; that code runs one rule only.
         return "released" if isinstance(self.extra.get("args"), argparse.Namespace) else None
@@ -80,19 +93,19 @@ def fill(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> None:
     """Put a checkpoint's weights into a model; arguments and errors as :func:`load_weights`."""
     weights = dict(checkpoint.weights)
     own = model.state_dict()
-    fit_tokens(model, weights)
+    fit_tokens(model, weights, checkpoint.grid)
     head_keys = [k for k in weights if k.split(".")[0] == "head"]
-    refit_head = not any(k.startswith("head.") for k in own) or (
-        not strict and any(k in own and own[k].shape != weights[k].shape for k in head_keys)
-    )
-    for key in head_keys if refit_head else ():
+    own_head = [k for k in own if k.split(".")[0] == "head"]
+    fits = head_keys == own_head and all(own[k].shape == weights[k].shape for k in head_keys)
+    keep_head = not own_head or not (strict or fits)
+    for key in head_keys if keep_head else ():
         del weights[key]
     problems = [
         f"{k} is {tuple(weights[k].shape)} in the file and {tuple(own[k].shape)} in the model"
         for k in own
         if k in weights and own[k].shape != weights[k].shape
     ]
-    problems += [f"{k} is missing from the file" for k in own if k not in weights and not (refit_head and "head." in k)]
+    problems += [f"{k} is missing from the file" for k in own if k not in weights and not (keep_head and k in own_head)]
     problems += [f"{k} is not in the model" for k in weights if k not in own]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -111,7 +124,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = file.metadata() or {}
         extra = json.loads(metadata.get("patchscale", "{}"))
-    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as e:
+        if not isinstance(extra, dict):
+            raise ValueError(f"its record is a {type(extra).__name__}")
+    except (safetensors.SafetensorError, ValueError, OSError) as e:
         raise UserError(f"{path} is not a whole safetensors file ({e}): copy or download it again") from e
     return {"model": weights, **extra}
 
@@ -133,11 +148,8 @@ def read_pickle(path: Path) -> dict[str, Any]:
                 "unpickled. If you trust its author, have them save the state dict alone, or as safetensors"
             ) from e
         raise UserError(f"{path} is not a checkpoint, or not a whole one: copy or download it again") from e
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as e:
-        raise UserError(
-            f"{path} is not a whole checkpoint ({str(e).splitlines()[0] if str(e) else type(e).__name__}): "
-            "copy or download it again"
-        ) from e
+    except Exception as e:  # a damaged pickle ends in any error there is
+        raise UserError(f"{path} is not a whole checkpoint ({first_line(e)}): copy or download it again") from e
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a mapping of tensors")
     return content
@@ -156,17 +168,24 @@ def _forbidden_global(path: Path, message: str) -> str | None:
     return match[1] if match else _first_global_of_bare_pickle(path)
 
 
+# What torch's own reader allows in every file, as far as it matters to name another.
+_HARMLESS = ("torch.", "collections.", "argparse.Namespace", "pathlib.")
+
+
 def _first_global_of_bare_pickle(path: Path) -> str | None:
     strings: list[str] = []
     try:
         with open(path, "rb") as file:
             for opcode, argument, _ in pickletools.genops(file):
+                name = None
                 if opcode.name in ("GLOBAL", "INST"):
-                    return str(argument).replace(" ", ".")
-                if opcode.name == "STACK_GLOBAL":
-                    return ".".join(strings[-2:])
-                if isinstance(argument, str):
+                    name = str(argument).replace(" ", ".")
+                elif opcode.name == "STACK_GLOBAL":
+                    name = ".".join(strings[-2:])
+                elif isinstance(argument, str):
                     strings.append(argument)
+                if name is not None and not name.startswith(_HARMLESS):
+                    return name
     except (ValueError, IndexError, UnicodeDecodeError):
         pass  # not a pickle at all
     return None
@@ -214,4 +233,4 @@ def download(repository: str, filename: str, cache_dir: str | os.PathLike | None
             f"cannot reach the Hugging Face Hub for {url}: fetch it where there is a network, then give its path"
         ) from e
     except (EntryNotFoundError, HfHubHTTPError) as e:
-        raise UserError(f"{url}: {str(e).splitlines()[0]}") from e
+        raise UserError(f"{url}: {first_line(e)}") from e

@@ -14,7 +14,7 @@ from timm.models import get_model_args
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from patchscale.errors import UserError
+from patchscale.errors import UserError, first_line
 from patchscale.files import make_folder, write_atomically
 from patchscale.models.adventurer import Adventurer
 from patchscale.models.published import IMG_SIZES, PATCH_SIZES, SIZES
@@ -105,9 +105,14 @@ def create_from_checkpoint(checkpoint: Checkpoint, **overrides: Any) -> nn.Modul
     arguments = checkpoint.extra.get("model_args")
     if arguments is None:
         arguments = infer_model_args(checkpoint.weights) | {"flip": checkpoint.flip or "alternate"}
-    arguments = arguments | overrides
-    name = checkpoint.extra.get("model_name") or architecture_name(arguments)
-    model = timm.create_model(name, **arguments)
+    try:
+        arguments = {**arguments, **overrides}
+        name = checkpoint.extra.get("model_name") or architecture_name(arguments)
+        if not isinstance(name, str) or not timm.is_model(name):
+            raise UserError(f"there is no model {name!r}")
+        model = timm.create_model(name, **arguments)
+    except (TypeError, KeyError, ValueError, RuntimeError) as e:
+        raise UserError(f"{checkpoint.path} records a model that cannot be made: {first_line(e)}") from e
     fill(model, checkpoint)
     return model
 
@@ -141,9 +146,9 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike, which: Wh
     destination = Path(destination)
     target = destination if destination.suffix == ".safetensors" else destination / "model.safetensors"
     config_path = target.with_name("config.json")
-    others = sorted(p.name for p in target.parent.glob("*.safetensors") if p != target)
-    if config_path.exists() and others:
-        raise UserError(f"{config_path} describes {', '.join(others)} in the same folder; write to a folder of its own")
+    if config_path.exists() and not target.exists():
+        others = ", ".join(sorted(p.name for p in target.parent.glob("*.safetensors"))) or "something else"
+        raise UserError(f"{config_path} describes {others}; write to a folder of its own")
     checkpoint = read_checkpoint(source, which)
     model = create_from_checkpoint(checkpoint)
     record = {key: checkpoint.extra[key] for key in ("preprocessing", "classes") if key in checkpoint.extra}

@@ -40,6 +40,7 @@ class _Segment:
         self.order, self.place = (order, place) if reverse and length > 1 else (None, None)
         self.last = int(order[-1])
         self.seen = (place[:, None] >= place[None, :]).to(like.dtype)  # (t, s): s is not after t
+        self.before = 1 - self.seen  # (s, u): s is before u
 
     def running_sum(self, values: Tensor) -> Tensor:
         """Inclusive sum over the last dimension, in scan order."""
@@ -47,17 +48,13 @@ class _Segment:
             return values.cumsum(-1)
         return values[..., self.order].cumsum(-1)[..., self.place]
 
-    def running_sum_backward(self, grad: Tensor) -> Tensor:
-        """The adjoint of :meth:`running_sum`: the sum from each token to the end of the scan."""
-        ordered = grad if self.order is None else grad[..., self.order]
-        summed = ordered.flip(-1).cumsum(-1).flip(-1)
-        return summed if self.place is None else summed[..., self.place]
-
 
 def _segments(length: int, reverse: bool, suffix: int, chunk_size: int, like: Tensor) -> list[_Segment]:
     """The chunks in scan order, of nearly equal length; a sequence that nearly fits one chunk is one."""
     suffix = suffix if reverse else 0
     body = length - suffix
+    if not length:
+        return []
     if length <= chunk_size + suffix:
         return [_Segment(0, length, reverse, suffix, like)]
     count = max(1, round(body / chunk_size))
@@ -155,7 +152,7 @@ def ssd_scan(
     with torch.autocast(x.device.type, enabled=False):
         A, D = A.to(work), D if D is None else D.to(work)
         segments = _segments(length, reverse, suffix, chunk_size, A)
-        for group in _groups(batch, heads, min(chunk_size, length)):
+        for group in _groups(batch, heads, min(chunk_size, max(1, length))):
             state = None if initial_state is None else initial_state[group].to(work)
             for segment in segments:
                 chunk = _Chunk(x, dt, A, B, C, group, segment)
@@ -166,7 +163,7 @@ def ssd_scan(
                 if want_final or segment is not segments[-1]:
                     state = chunk.next_state(state)
             if want_final:
-                final_state[group] = state
+                final_state[group] = 0 if state is None else state
     return y, final_state
 
 
@@ -207,7 +204,7 @@ def ssd_scan_backward(
     with torch.autocast(x.device.type, enabled=False):
         work_A, work_D = A.to(work), D if D is None else D.to(work)
         segments = _segments(length, reverse, suffix, chunk_size, work_A)
-        for group in _groups(batch, heads, min(chunk_size, length)):
+        for group in _groups(batch, heads, min(chunk_size, max(1, length))):
             state = None if initial_state is None else initial_state[group].to(work)
             states = []
             for segment in segments:
@@ -246,8 +243,8 @@ def _chunk_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of one chunk from those of its output and of the state after it (None: nothing depends on it).
 
-    Returns those of dt x, dt A, B, C, and of the state before the chunk. A gradient of an exponent is the gradient of
-    the exponential times the exponential, so each of the four decays gives its share to ``dcs`` in passing.
+    Returns those of dt x, dt A, B, C, and of the state before the chunk. The gradient of an exponent is that of the
+    exponential times the exponential, so each of the four decays gives its share to ``dlog_decay`` in passing.
     """
     decay, products = chunk.decay(), chunk.products()
 
@@ -258,8 +255,10 @@ def _chunk_backward(
     dproducts_all_heads = dproducts.sum(1).mul_(chunk.segment.seen)  # (b, t, s)
     dB = dproducts_all_heads.transpose(1, 2) @ chunk.C
     dC = dproducts_all_heads @ chunk.B
+    # The log-decay of u is in the difference of every pair s before u, t not before u. Summed pair by pair, nothing
+    # cancels (as it would in the gradients of cs_t and cs_s): with strong decay only small numbers are left.
     ddifference = dproducts.mul_(products)
-    dcs = ddifference.sum(3) - ddifference.sum(2)  # (b, h, Q)
+    dlog_decay = (ddifference @ chunk.segment.before).mul_(chunk.segment.seen).sum(2)  # (b, h, Q)
 
     # Out of the state before: y_t += H decayed_C_t.
     decayed_C = chunk.decayed_C()
@@ -267,24 +266,21 @@ def _chunk_backward(
     if state is not None:
         ddecayed_C = dy @ state  # (b, h, Q, n)
         dC += (ddecayed_C * _exp(chunk.cs)[..., None]).sum(1)
-        dcs += ddecayed_C.mul_(decayed_C).sum(3)
+        dlog_decay += ddecayed_C.mul_(decayed_C).sum(3) @ chunk.segment.seen
 
-    # Into the next state: H' = exp(cs_Q) H + sum_s xdt_s (outer) decayed_B_s, where cs_Q is the last of cs.
+    # Into the next state: H' = exp(cs_Q) H + sum_s xdt_s (outer) decayed_B_s.
     if dstate is not None:
         decayed_B = chunk.decayed_B()
         _add_matmul(dxdt, decayed_B, dstate.transpose(2, 3))
         ddecayed_B = chunk.xdt @ dstate  # (b, h, Q, n)
         dB += (ddecayed_B * _exp(chunk.total - chunk.cs)[..., None]).sum(1)
-        dto_end = ddecayed_B.mul_(decayed_B).sum(3)
-        dcs -= dto_end
-        dtotal = dto_end.sum(2)  # (b, h)
+        dlog_decay += ddecayed_B.mul_(decayed_B).sum(3) @ chunk.segment.before
         dcarried = dstate * _exp(chunk.total)[..., None]
         if state is not None:
-            dtotal += (dcarried * state).sum((2, 3))
+            dlog_decay += (dcarried * state).sum((2, 3))[..., None]
         dstate_before += dcarried
-        dcs[..., chunk.segment.last] += dtotal
 
-    return dxdt, chunk.segment.running_sum_backward(dcs), dB, dC, dstate_before
+    return dxdt, dlog_decay, dB, dC, dstate_before
 
 
 @ssd_scan_backward.register_fake
@@ -336,5 +332,6 @@ def _forward_flops(x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, *
 def _backward_flops(
     grad_y_shape, grad_final_shape, x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs
 ) -> int:
+    # The gradient of the decays sums over pairs by a product with zeros and ones; sums are not counted.
     products, inside, states = _matrix_flops(x_shape, B_shape[2], args[-2])
-    return 3 * products + 2 * inside + 6 * states
+    return 3 * products + 2 * inside + 5 * states

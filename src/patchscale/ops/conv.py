@@ -50,7 +50,11 @@ def causal_conv1d(
     Raises:
         UserError: shapes that do not fit, or an unknown implementation.
     """
+    if weight.ndim != 2:
+        raise UserError(f"weight has shape {tuple(weight.shape)}, expected (channels, width)")
     channels, width = weight.shape
+    if tuple(bias.shape) != (channels,):
+        raise UserError(f"bias has shape {tuple(bias.shape)}, expected {(channels,)}")
     if x.ndim != 3 or x.shape[2] != channels:
         raise UserError(f"x has shape {tuple(x.shape)}, expected (batch, length, {channels}) to fit the weight")
     expected_history = (x.shape[0], width - 1, channels)
@@ -147,9 +151,7 @@ def _work_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _blocks(
-    x: Tensor, taps: Tensor, reverse: bool, suffix: int
-) -> Iterator[tuple[slice, int, int, Tensor, Tensor]]:
+def _blocks(x: Tensor, taps: Tensor, reverse: bool, suffix: int) -> Iterator[tuple[slice, int, int, Tensor, Tensor]]:
     """(samples, start, stop, window, taps in memory order) of the outputs whose whole window is in ``x``, by blocks."""
     batch, length, channels = x.shape
     if length <= _SHORT:

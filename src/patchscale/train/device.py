@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from patchscale.errors import UserError
+from patchscale.errors import UserError, first_line
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -20,7 +20,7 @@ def resolve_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from e
+        raise UserError(f"device {name!r} cannot be used: {first_line(e)}") from e
     return device
 
 

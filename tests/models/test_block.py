@@ -1,0 +1,182 @@
+"""The block against the published order of its steps."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from patchscale import UserError
+from patchscale.models.block import CONV_WIDTH, Block, Mamba2Mixer, SwiGLU
+from patchscale.ops import ssd_scan
+from patchscale.ops.reference import causal_conv1d_reference, ssd_scan_reference
+
+
+def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """No parameter at its initial value, so that each of them matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return module
+
+
+def published_order(mixer: Mamba2Mixer, u: torch.Tensor, flip: bool) -> torch.Tensor:
+    """What the published code does, copy for copy: flip the patches, prepend the mean, scan, drop it, flip back."""
+
+    def flip_patches(tokens):
+        return torch.cat([tokens[:, :-1].flip(1), tokens[:, -1:]], dim=1)
+
+    mean = u.mean(1, keepdim=True)
+    tokens = torch.cat([mean, flip_patches(u) if flip else u], dim=1)
+    z, xBC, dt = mixer.in_proj(tokens).split([mixer.d_inner, mixer.d_inner + 2 * mixer.d_state, mixer.nheads], dim=-1)
+    xBC = causal_conv1d_reference(xBC, mixer.conv1d.weight[:, 0], mixer.conv1d.bias)
+    x, B, C = xBC.split([mixer.d_inner, mixer.d_state, mixer.d_state], dim=-1)
+    y, _ = ssd_scan_reference(
+        x.unflatten(-1, (mixer.nheads, mixer.headdim)),
+        F.softplus(dt + mixer.dt_bias),
+        -torch.exp(mixer.A_log),
+        B,
+        C,
+        mixer.D,
+    )
+    gated = y.flatten(2) * F.silu(z)
+    normed = gated / torch.sqrt(gated.pow(2).mean(-1, keepdim=True) + 1e-5) * mixer.norm.weight
+    out = mixer.out_proj(normed)[:, 1:]
+    return flip_patches(out) if flip else out
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("patches", [1, 2, 3, 16, 64, 80])
+def test_mixer_is_the_published_order_without_its_copies(patches, reverse, assert_near):
+    mixer = randomised(Mamba2Mixer(8, d_state=5, headdim=4, reverse=reverse, dtype=torch.float64))
+    parameters = dict(mixer.named_parameters())
+    u = torch.randn(2, patches + 1, 8, dtype=torch.float64, requires_grad=True)
+    results = []
+    for out in (mixer(u), published_order(mixer, u, reverse)):
+        grad_output = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        gradients = torch.autograd.grad(out, [u, *parameters.values()], grad_output)
+        results.append({"out": out} | dict(zip(["u", *parameters], gradients, strict=True)))
+    for name, actual in results[0].items():
+        assert_near(actual, results[1][name], 1e-11, name)
+
+
+def test_every_token_sees_every_other_through_the_mean():
+    mixer = randomised(Mamba2Mixer(8, d_state=5, headdim=4, dtype=torch.float64))
+    u = torch.randn(1, 6, 8, dtype=torch.float64, requires_grad=True)
+    for t in range(6):
+        (gradient,) = torch.autograd.grad(mixer(u)[0, t].sum(), u)
+        assert (gradient[0].abs().sum(-1) > 0).all()
+
+
+def test_mixer_under_autocast_keeps_steps_and_decays_in_float32(monkeypatch):
+    seen = {}
+
+    def spy(x, dt, A, B, *rest, **options):
+        seen.update(x=x.dtype, dt=dt.dtype, A=A.dtype, B=B.dtype, initial_state=options["initial_state"].dtype)
+        return ssd_scan(x, dt, A, B, *rest, **options)
+
+    monkeypatch.setattr("patchscale.models.block.ssd_scan", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = Mamba2Mixer(32)(torch.randn(2, 10, 32))
+    assert seen == {
+        "x": torch.bfloat16,
+        "dt": torch.float32,
+        "A": torch.float32,
+        "B": torch.bfloat16,
+        "initial_state": torch.float32,
+    }
+    assert out.dtype == torch.bfloat16
+
+
+def test_swiglu_is_its_formula(assert_near):
+    mlp = randomised(SwiGLU(10, dtype=torch.float64))
+    x = torch.randn(3, 10, dtype=torch.float64)
+    gate = x @ mlp.w1.weight.t() + mlp.w1.bias
+    value = x @ mlp.w2.weight.t() + mlp.w2.bias
+    assert mlp.w1.out_features == 25
+    assert_near(mlp(x), (gate * gate.sigmoid() * value) @ mlp.w3.weight.t() + mlp.w3.bias, 1e-12)
+
+
+def block(drop_path: float = 0.0) -> Block:
+    made = Block(8, d_state=5, headdim=4, expand=2, reverse=False, drop_path=drop_path, dtype=torch.float64)
+    return randomised(made)
+
+
+def test_block_adds_both_branches_behind_their_norms(assert_near):
+    b, x = block(), torch.randn(2, 5, 8, dtype=torch.float64)
+
+    def rms_norm(tokens, weight):
+        return tokens / torch.sqrt(tokens.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
+
+    middle = x + b.mixer(rms_norm(x, b.norm.weight))
+    assert_near(b(x), middle + b.mlp(rms_norm(middle, b.norm_mlp.weight)), 1e-12)
+
+
+def test_drop_path_drops_each_branch_for_itself_and_scales_what_it_keeps(assert_near):
+    """Per sample, one of four outcomes: each branch either dropped or multiplied by 1 / keep."""
+    rate = 0.5
+    dropping = block(rate)
+    plain = copy.deepcopy(dropping)
+    plain.drop_path = torch.nn.Identity()
+    x = torch.randn(1, 5, 8, dtype=torch.float64)
+    outcomes = []
+    for keep_mixer in (0, 1):
+        middle = x + keep_mixer / (1 - rate) * plain.mixer(plain.norm(x))
+        outcomes += [middle + keep_mlp / (1 - rate) * plain.mlp(plain.norm_mlp(middle)) for keep_mlp in (0, 1)]
+    torch.manual_seed(0)
+    out = dropping.train()(x.expand(64, -1, -1))
+    chosen = torch.stack([(out - o).flatten(1).norm(dim=1) for o in outcomes]).min(0)
+    assert chosen.values.max() < 1e-10
+    assert set(chosen.indices.tolist()) == {0, 1, 2, 3}
+    assert_near(dropping.eval()(x), plain(x), 1e-12)
+
+
+def test_initial_values_are_in_the_published_ranges():
+    torch.manual_seed(0)
+    mixer = Mamba2Mixer(512, headdim=4)  # 256 heads
+    A, dt = mixer.A_log.exp(), F.softplus(mixer.dt_bias)
+    assert 1 <= A.min() < 1.5
+    assert 15.5 < A.max() <= 16
+    assert 0.000999 < dt.min() < 0.0012
+    assert 0.085 < dt.max() <= 0.1001
+    # Log-uniform: half of the steps lie under the geometric mean of the ends.
+    assert (dt < 0.01).float().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert torch.equal(mixer.D, torch.ones(256))
+    assert torch.equal(mixer.norm.weight, torch.ones(1024))
+    for linear, fan_in in (
+        (mixer.in_proj.weight, 512),
+        (mixer.out_proj.weight, 1024),
+        (mixer.conv1d.weight, CONV_WIDTH),
+    ):
+        bound = 1 / math.sqrt(fan_in)
+        assert linear.abs().max() <= bound
+        assert linear.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    assert mixer.conv1d.bias.abs().max() <= 0.5
+    assert mixer.conv1d.bias.std().item() == pytest.approx(0.5 / math.sqrt(3), rel=0.1)
+
+
+def test_steps_above_20_are_not_bent():
+    # softplus is the identity above 20 in the published code; ours must not overflow there either.
+    mixer = Mamba2Mixer(32)
+    with torch.no_grad():
+        mixer.dt_bias.fill_(1000.0)
+    out = mixer(torch.randn(1, 5, 32, requires_grad=True))
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in mixer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("embed_dim", "headdim", "expand", "advice"), [(48, 64, 2, 32), (10, 64, 1, 64), (10, 6, 2, 3)]
+)
+def test_widths_that_are_no_whole_heads_are_refused(embed_dim, headdim, expand, advice):
+    with pytest.raises(UserError, match=f"multiple of {advice}"):
+        Mamba2Mixer(embed_dim, headdim=headdim, expand=expand)
+    Mamba2Mixer(advice, headdim=headdim, expand=expand)  # the way out works
+
+
+def test_meta_device_and_dtype_reach_every_parameter():
+    b = Block(32, 64, 64, 2, True, 0.1, device=torch.device("meta"), dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in b.parameters()} == {("meta", torch.bfloat16)}
