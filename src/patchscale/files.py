@@ -24,7 +24,7 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {e.strerror}; choose another place") from e
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a temporary name, flush it to disk and rename it, so that ``path`` is never half-written.
 
     Raises:

@@ -153,13 +153,7 @@ def test_drop_path_rates(depth, rate, parity):
     assert own == pytest.approx(rates[f"depth{depth}_rate{rate}"][:depth])
 
 
-@pytest.mark.parametrize(
-    "layer_decay",
-    [
-        1.0,
-        pytest.param(0.75),
-    ],
-)
+@pytest.mark.parametrize("layer_decay", [1.0, 0.75])
 def test_parameter_groups_are_the_published_ones(layer_decay, parity):
     wanted = json.loads(parity("param_groups_tiny.json").read_text())[f"layer_decay_{layer_decay}"]
     with torch.device("meta"):

@@ -392,13 +392,7 @@ def no_file_over(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize(
-    "save",
-    [
-        torch.save,
-        pytest.param(save_file),
-    ],
-)
+@pytest.mark.parametrize("save", [torch.save, save_file])
 def test_a_full_disk_is_one_clear_error(save, tmp_path):
     with no_file_over(20_000), pytest.raises(UserError, match=r"cannot write .*file.bin"):
         write_atomically(tmp_path / "file.bin", lambda path: save({"weight": torch.zeros(100_000)}, path))

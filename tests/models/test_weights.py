@@ -1,5 +1,6 @@
 """From a weight file to a model and back: logits survive every way in and out."""
 
+import contextlib
 import json
 import logging
 
@@ -102,7 +103,7 @@ def test_a_state_dict_alone_warns_of_nothing(tmp_path, caplog):
         (32, 4),
         (32, 8),
         ((16, 24), 8),
-        pytest.param(16, (2, 8)),
+        (16, (2, 8)),
     ],
 )
 def test_patches_and_positions_are_resized_on_load(img_size, patch_size, official, assert_near):
@@ -233,15 +234,12 @@ def test_what_no_shape_tells_survives_conversion(tmp_path, assert_near):
 @pytest.mark.parametrize(
     "record",
     [
-        pytest.param(record)
-        for record, reason in [
-            ({"model_name": "hf-hub:someone/else"}, "the Hub is asked for a model that the file names"),
-            ({"model_name": "adventurer_tiny_patch3_224"}, "RuntimeError"),
-            ({"model_name": 3}, "AttributeError"),
-            ({"model_args": [1]}, "TypeError"),
-            ({"model_args": {"colour": 1, "patch_size": 4, "img_size": 16}}, "TypeError"),
-            ({"model_args": {"embed_dim": 32}}, "KeyError"),
-        ]
+        {"model_name": "hf-hub:someone/else"},
+        {"model_name": "adventurer_tiny_patch3_224"},
+        {"model_name": 3},
+        {"model_args": [1]},
+        {"model_args": {"colour": 1, "patch_size": 4, "img_size": 16}},
+        {"model_args": {"embed_dim": 32}},
     ],
 )
 def test_a_record_that_makes_no_model_is_refused_in_words(record, tmp_path, monkeypatch):
@@ -255,10 +253,20 @@ def test_a_record_that_makes_no_model_is_refused_in_words(record, tmp_path, monk
         create_from_checkpoint(read_checkpoint(tmp_path / "odd.pth"))
 
 
-@pytest.mark.parametrize(
-    "metadata",
-    ["{", pytest.param("[1]")],
-)
+@pytest.mark.xfail(strict=True, reason="the record goes to timm.create_model, which reads and downloads on its word")
+@pytest.mark.parametrize("extra", [{"pretrained": True}, {"checkpoint_path": "elsewhere.pth"}])
+def test_a_record_fetches_nothing(extra, tmp_path, hub, monkeypatch):
+    """A stranger's file says what its model is, not what else to read."""
+    monkeypatch.chdir(tmp_path)
+    recorded = {"img_size": 16, "patch_size": 4, "num_classes": 5, "embed_dim": 32, "depth": 2}
+    content = {"model": small().state_dict(), "model_name": "adventurer_tiny_patch16_224"}
+    torch.save(content | {"model_args": recorded | extra}, tmp_path / "odd.pth")
+    with contextlib.suppress(UserError):
+        create_from_checkpoint(read_checkpoint(tmp_path / "odd.pth"))
+    assert not hub
+
+
+@pytest.mark.parametrize("metadata", ["{", "[1]"])
 def test_damaged_metadata_is_refused_in_words(metadata, official, tmp_path):
     path, _ = convert(official, tmp_path)
     with safe_open(path, "pt") as file:

@@ -218,9 +218,9 @@ def test_compiled_whole(assert_near):
         ("x", (2, 5), "(batch, length, 5)"),
         ("history", (2, 4, 5), "(2, 3, 5)"),
         ("history", (1, 3, 5), "(2, 3, 5)"),
-        pytest.param("bias", (1,), "(5,)"),
-        pytest.param("bias", (4,), "(5,)"),
-        pytest.param("weight", (5, 1, 4), "(channels, width)"),
+        ("bias", (1,), "(5,)"),
+        ("bias", (4,), "(5,)"),
+        ("weight", (5, 1, 4), "(channels, width)"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(name, shape, expected):

@@ -1,6 +1,7 @@
 """From a PIL image to a normalised tensor; timm's transforms throughout."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 from timm.data import create_transform
@@ -36,9 +37,10 @@ class Preprocessing:
 
     def visible(self, image: Image.Image) -> Image.Image:
         """What :meth:`transform` leaves of an image, as an image."""
-        keep = tuple(t for t in self.transform().transforms if not isinstance(t, Normalize | MaybeToTensor))
-        for step in keep:
-            image = step(image)
+        steps: Any = self.transform()
+        for step in steps.transforms:
+            if not isinstance(step, Normalize | MaybeToTensor):
+                image = step(image)
         return image
 
     def training_transform(self, crop_scale: tuple[float, float], hflip: float, color_jitter: float) -> Transform:
@@ -57,5 +59,5 @@ class Preprocessing:
             std=self.std,
             scale=crop_scale,
             hflip=hflip,
-            color_jitter=color_jitter or None,
+            color_jitter=color_jitter or None,  # type: ignore[arg-type]  # timm takes None for none
         )

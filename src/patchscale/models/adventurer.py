@@ -36,7 +36,7 @@ Flip = Literal["alternate", "pairs", "released"]
 
 # Which blocks scan from the right. The paper draws a flip after every block; the published code's `n // 2 == 1` flips
 # blocks 2 and 3 alone, which its author calls a bug (issue 6 of wangf3014/Adventurer) that either other rule mends.
-FLIP_RULES: dict[str, Callable[[int], bool]] = {
+FLIP_RULES: dict[Flip, Callable[[int], bool]] = {
     "alternate": lambda n: n % 2 == 1,
     "pairs": lambda n: (n // 2) % 2 == 1,
     "released": lambda n: n // 2 == 1,
@@ -97,7 +97,7 @@ class Adventurer(nn.Module):
                 raise UserError(f"{name} is {value}, expected at least 1")
         _check_choice("flip", flip, FLIP_RULES)
         _check_choice("global_pool", global_pool, GLOBAL_POOLS)
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -132,7 +132,7 @@ class Adventurer(nn.Module):
             {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": max(self.patch_embed.patch_size)}
             for i in range(depth)
         ]
-        self.norm_f = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
+        self.norm_f: nn.Module = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.init_weights()
 
@@ -150,13 +150,13 @@ class Adventurer(nn.Module):
                     module.reset_parameters()
         proj = self.patch_embed.proj
         nn.init.normal_(proj.weight, std=1.137 / math.sqrt(proj.weight[0].numel()))
-        nn.init.zeros_(proj.bias)
+        nn.init.zeros_(proj.get_parameter("bias"))
         nn.init.normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=0.02)
         for block in self.layers:
             block.mixer.out_proj.weight /= math.sqrt(len(self.layers))
-            for linear in (block.mlp.w1, block.mlp.w2, block.mlp.w3):
-                nn.init.zeros_(linear.bias)
+            for linear in block.mlp.children():
+                nn.init.zeros_(linear.get_parameter("bias"))
         _init_head(self.head)
 
     def load_pretrained(self, path: str) -> None:
@@ -203,7 +203,7 @@ class Adventurer(nn.Module):
             _check_choice("global_pool", global_pool, GLOBAL_POOLS)
             self.global_pool = global_pool
         self.num_classes = num_classes
-        dd = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
+        dd: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         _init_head(self.head)
         self.head.train(self.training)
@@ -227,7 +227,7 @@ class Adventurer(nn.Module):
     def _embed(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, patches + 1, embed_dim), with positions."""
         tokens = self.patch_embed(x)
-        positions = self.pos_embed
+        positions: Tensor = self.pos_embed
         if self.dynamic_img_size:
             positions = resize_pos_embed(positions, self.patch_embed.grid_size, tuple(tokens.shape[1:3]))
         tokens = tokens.flatten(1, 2)
@@ -262,7 +262,7 @@ class Adventurer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Any]:
+    ) -> Any:
         """The patch tokens after chosen blocks, for dense prediction; timm's contract.
 
         Args:
@@ -284,7 +284,7 @@ class Adventurer(nn.Module):
         """
         _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(len(self.layers), indices)
-        rows, columns = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        rows, columns = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         x = self._embed(x)
         taken = []
         for i, block in enumerate(self.layers[: last + 1] if stop_early else self.layers):

@@ -1,6 +1,7 @@
 """Adventurer's block: a Mamba-2 token mixer that opens with the average of all tokens, then a SwiGLU."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class Mamba2Mixer(nn.Module):
                 f"expand * embed_dim is {expand} * {embed_dim} = {d_inner}, which headdim {headdim} does not divide; "
                 f"choose embed_dim a multiple of {headdim // math.gcd(headdim, expand)}"
             )
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_inner, self.d_state, self.headdim = d_inner, d_state, headdim
         self.nheads = d_inner // headdim
         self.reverse = reverse
@@ -72,7 +73,7 @@ class Mamba2Mixer(nn.Module):
         # in_proj is linear: the projection of the mean is the mean of the projections.
         _, mean_xBC, mean_dt = self._project(u.mean(1, keepdim=True))
         A = -torch.exp(self.A_log.to(dt.dtype))
-        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.get_parameter("bias")
 
         # Nothing comes before the mean token: of the convolution it meets the last tap alone.
         mean_x, mean_B, _ = self._split(F.silu(mean_xBC * taps[:, -1] + bias))
@@ -83,7 +84,7 @@ class Mamba2Mixer(nn.Module):
         xBC = causal_conv1d(xBC, taps, bias, history=history, reverse=self.reverse, suffix=1)
         x, B, C = self._split(xBC)
         y, _ = ssd_scan(x, dt, A, B, C, self.D, initial_state=state, reverse=self.reverse, suffix=1, final_state=False)
-        return self.out_proj(gated_rms_norm(y.flatten(2), z, self.norm.weight, self.norm.eps))
+        return self.out_proj(gated_rms_norm(y.flatten(2), z, self.norm.weight, NORM_EPS))
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gate, what the convolution takes, and the step sizes (float32 at least)."""
@@ -100,7 +101,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, embed_dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = int(embed_dim * MLP_RATIO)
         self.w1 = nn.Linear(embed_dim, hidden, **dd)
         self.w2 = nn.Linear(embed_dim, hidden, **dd)
@@ -126,7 +127,7 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         # In the published order: saved optimiser states number parameters by it.
         self.mixer = Mamba2Mixer(embed_dim, d_state, headdim, expand, reverse, **dd)
         self.norm = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)

@@ -4,6 +4,7 @@ Image sizes, patch sizes and grids are (height, width).
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,15 +69,16 @@ class PatchEmbed(TimmPatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, rows, columns, embed_dim)."""
-        channels, *size = x.shape[1:]
+        channels, height, width = x.shape[1:]
+        size = (height, width)
         if channels != self.proj.in_channels:
             raise UserError(f"the image has {channels} channels, the model takes {self.proj.in_channels}")
-        if self.strict_img_size and tuple(size) != self.img_size:
+        if self.strict_img_size and size != self.img_size:
             raise UserError(
-                f"the image is {_text(tuple(size))}, the model was made for {_text(self.img_size)}: resize the image, "
+                f"the image is {_text(size)}, the model was made for {_text(self.img_size)}: resize the image, "
                 "call set_input_size, or create the model with dynamic_img_size=True"
             )
-        grid_size(tuple(size), self.patch_size)
+        grid_size(size, self.patch_size)
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
@@ -152,8 +154,11 @@ def fit_tokens(model: nn.Module, weights: dict[str, Tensor], grid: tuple[int, in
     positions = weights.get("pos_embed")
     if positions is None or (grid is None and positions.shape[1] == own["pos_embed"].shape[1]):
         return
-    side = None if grid else square_side(positions.shape[1] - 1)
-    weights["pos_embed"] = resize_pos_embed(positions, grid or (side, side), model.patch_embed.grid_size)
+    if grid is None:
+        side = square_side(positions.shape[1] - 1)
+        grid = side, side
+    patch_embed: Any = model.patch_embed
+    weights["pos_embed"] = resize_pos_embed(positions, grid, patch_embed.grid_size)
 
 
 def square_side(patches: int) -> int:

@@ -216,7 +216,7 @@ def _locate(source: str | os.PathLike) -> Path:
     raise UserError(f"no such weight file: {text}")
 
 
-def download(repository: str, filename: str, cache_dir: str | os.PathLike | None = None) -> Path:
+def download(repository: str, filename: str, cache_dir: str | Path | None = None) -> Path:
     """A file of a Hugging Face Hub repository, from the cache where it is there.
 
     Raises:

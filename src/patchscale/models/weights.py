@@ -151,8 +151,9 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike, which: Wh
         raise UserError(f"{config_path} describes {others}; write to a folder of its own")
     checkpoint = read_checkpoint(source, which)
     model = create_from_checkpoint(checkpoint)
-    record = {key: checkpoint.extra[key] for key in ("preprocessing", "classes") if key in checkpoint.extra}
-    record |= {"model_name": model.pretrained_cfg["architecture"], "model_args": get_model_args(model)}
+    record: dict[str, Any] = {k: checkpoint.extra[k] for k in ("preprocessing", "classes") if k in checkpoint.extra}
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # timm sets it
+    record |= {"model_name": cfg["architecture"], "model_args": get_model_args(model)}
     make_folder(target.parent)
 
     def write_config(path: Path) -> None:

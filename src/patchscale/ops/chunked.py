@@ -37,14 +37,15 @@ class _Segment:
         length = stop - start
         order = torch.tensor(scan_order(length, reverse, suffix), device=like.device)
         place = order.argsort()
-        self.order, self.place = (order, place) if reverse and length > 1 else (None, None)
+        self.order: Tensor | None = order if reverse else None  # None: as they stand
+        self.place: Tensor | None = place if reverse else None
         self.last = int(order[-1])
         self.seen = (place[:, None] >= place[None, :]).to(like.dtype)  # (t, s): s is not after t
         self.before = 1 - self.seen  # (s, u): s is before u
 
     def running_sum(self, values: Tensor) -> Tensor:
         """Inclusive sum over the last dimension, in scan order."""
-        if self.order is None:
+        if self.order is None or self.place is None:
             return values.cumsum(-1)
         return values[..., self.order].cumsum(-1)[..., self.place]
 
@@ -153,7 +154,7 @@ def ssd_scan(
         A, D = A.to(work), D if D is None else D.to(work)
         segments = _segments(length, reverse, suffix, chunk_size, A)
         for group in _groups(batch, heads, min(chunk_size, max(1, length))):
-            state = None if initial_state is None else initial_state[group].to(work)
+            state: Tensor | None = None if initial_state is None else initial_state[group].to(work)
             for segment in segments:
                 chunk = _Chunk(x, dt, A, B, C, group, segment)
                 out = y[group, segment.start : segment.stop].transpose(1, 2)
@@ -163,7 +164,7 @@ def ssd_scan(
                 if want_final or segment is not segments[-1]:
                     state = chunk.next_state(state)
             if want_final:
-                final_state[group] = 0 if state is None else state
+                final_state[group] = torch.zeros(()) if state is None else state
     return y, final_state
 
 
@@ -226,7 +227,8 @@ def ssd_scan_backward(
                 dx[group, tokens] = dx_c.transpose(1, 2)
                 ddt[group, tokens] = ddt_c.transpose(1, 2)
                 dB[group, tokens], dC[group, tokens] = dB_c, dC_c
-            dinitial[group] = dstate
+            if dstate is not None:
+                dinitial[group] = dstate
     return (
         dx,
         ddt,

@@ -74,10 +74,12 @@ def load_model(weights: str, which: Which = "model", flip: str | None = None) ->
     classes = checkpoint.extra.get("classes")
     recorded = checkpoint.extra.get("preprocessing")
     if recorded is not None:
-        preprocessing = Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items()}
+        preprocessing = Preprocessing(**fields)
     else:
         config = resolve_input_data_config(model)
         channels, *size = config["input_size"]
-        crop = evaluation_crop(max(model.patch_embed.patch_size), max(size))
+        patch_embed: Any = model.patch_embed
+        crop = evaluation_crop(max(patch_embed.patch_size), max(size))
         preprocessing = Preprocessing((size[0], size[1]), channels, config["mean"], config["std"], crop)
     return LoadedModel(model.eval(), checkpoint, preprocessing, None if classes is None else tuple(classes))

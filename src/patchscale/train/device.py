@@ -15,7 +15,8 @@ def resolve_device(name: str | None) -> torch.device:
         UserError: no such device.
     """
     if name is None:
-        return torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

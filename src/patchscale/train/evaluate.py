@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from patchscale.data.sources import Source, open_source
 from patchscale.errors import UserError
-from patchscale.models.adventurer import FLIP_RULES, Adventurer
+from patchscale.models.adventurer import FLIP_RULES, Adventurer, Flip
 from patchscale.models.weight_files import Which
 from patchscale.tasks.classification import Classification, Scores
 from patchscale.train.build import make_loader, refuse_or_note
@@ -26,7 +26,7 @@ class Evaluation:
     scores: Scores
     recorded: Scores | None
     """What training found for the same weights, if they come from a run."""
-    flip_trials: dict[str, Scores]
+    flip_trials: dict[Flip, Scores]
     """With ``flip="auto"``: each rule's scores on the first images."""
     flip: str | None
 
@@ -91,7 +91,7 @@ def evaluate(
         with autocast(place, precision):
             return task.evaluate(model, _batches(loader, place, skip_unreadable, note, progress))
 
-    trials: dict[str, Scores] = {}
+    trials: dict[Flip, Scores] = {}
     if flip == "auto":
         if not isinstance(model, Adventurer):
             raise UserError("--flip auto is for Adventurer models alone")

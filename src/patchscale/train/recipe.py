@@ -129,7 +129,7 @@ class Recipe:
         unknown = values.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise UserError(f"the recipe has unknown fields: {', '.join(sorted(unknown))}")
-        restored = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         if restored.get("output") is not None:
             restored["output"] = Path(restored["output"])
         return cls(**restored)
