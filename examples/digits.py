@@ -34,6 +34,7 @@ def train_cell(patch_size: int, seed: int, epochs: int, folder: str, queue) -> d
     from torch.utils.flop_counter import FlopCounterMode
 
     from patchscale.train.build import create_model
+    from patchscale.train.device import keep_freed_memory
     from patchscale.train.loop import Observer, train
     from patchscale.train.recipe import Recipe
 
@@ -43,6 +44,7 @@ def train_cell(patch_size: int, seed: int, epochs: int, folder: str, queue) -> d
                 steps = (progress.epoch - 1) * progress.steps + progress.step
                 queue.put((patch_size, seed, steps, progress.epochs * progress.steps))
 
+    keep_freed_memory()
     recipe = Recipe(
         model="adventurer_tiny_patch1",
         data="digits",
@@ -51,10 +53,11 @@ def train_cell(patch_size: int, seed: int, epochs: int, folder: str, queue) -> d
         embed_dim=64,
         depth=4,
         epochs=epochs,
+        batch_size=32,
         lr=3e-3,
         smoothing=0.0,
         hflip=0.0,
-        crop_scale=(0.7, 1.0),
+        crop_scale=(1.0, 1.0),
         seed=seed,
         workers=0,
         device="cpu",
@@ -167,7 +170,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> int:
     """Run everything; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     arguments = parser.parse_args()

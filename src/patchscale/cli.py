@@ -35,9 +35,12 @@ class Train:
 
 def train(arguments: Train) -> None:
     """Train a classifier."""
+    from patchscale.train.device import keep_freed_memory
     from patchscale.train.loop import EpochReport, Observer
     from patchscale.train.loop import Progress as Step
     from patchscale.train.loop import train as run
+
+    keep_freed_memory()
 
     class Display(Observer):
         def __init__(self, bar: Progress) -> None:
@@ -100,8 +103,10 @@ def evaluate(
         workers: Processes that read images.
         skip_unreadable: Leave out images that cannot be read, instead of stopping.
     """
+    from patchscale.train.device import keep_freed_memory
     from patchscale.train.evaluate import evaluate as run
 
+    keep_freed_memory()
     with _progress_bar() as bar:
         task = bar.add_task("evaluating", total=1, rate="", left="")
         found = run(

@@ -253,7 +253,6 @@ def test_a_record_that_makes_no_model_is_refused_in_words(record, tmp_path, monk
         create_from_checkpoint(read_checkpoint(tmp_path / "odd.pth"))
 
 
-@pytest.mark.xfail(strict=True, reason="the record goes to timm.create_model, which reads and downloads on its word")
 @pytest.mark.parametrize("extra", [{"pretrained": True}, {"checkpoint_path": "elsewhere.pth"}])
 def test_a_record_fetches_nothing(extra, tmp_path, hub, monkeypatch):
     """A stranger's file says what its model is, not what else to read."""

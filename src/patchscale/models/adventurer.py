@@ -134,15 +134,18 @@ class Adventurer(nn.Module):
         ]
         self.norm_f: nn.Module = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
         self.head_drop = nn.Dropout(drop_rate)
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
     @torch.no_grad()
-    def init_weights(self, needs_reset: bool = False) -> None:
-        """The published initialisation; ``needs_reset`` also redraws what modules drew for themselves.
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """The published initialisation.
 
         As measured on the published code: patch embedding normal with 1.137 / sqrt(fan in) (timm 0.4.12's
         ``lecun_normal_``, whose truncation never bites), tables and head normal with 0.02, linear biases zero, each
         mixer's output projection divided by sqrt(depth), everything else PyTorch's default.
+
+        Args:
+            needs_reset: redraw what modules draw for themselves when they are made.
         """
         if needs_reset:
             for module in self.modules():
@@ -410,7 +413,7 @@ def _download_published(name: str, published_name: str, cache_dir: str | None) -
 
 def _checkpoint_filter_fn(weights: dict[str, Tensor], model: Adventurer) -> dict[str, Tensor]:
     """What timm calls on weights it has read itself (``hf-hub:`` and ``local-dir:`` models)."""
-    weights = dict(weights)
+    weights = dict(weights.get("model", weights))  # a published file, given as pretrained_cfg_overlay={"file": ...}
     patches = weights["pos_embed"].shape[1] - 1 if "pos_embed" in weights else 0
     fit_tokens(model, weights, get_pretrained_grid_size(model, weights.get("patch_embed.proj.weight"), patches))
     return weights

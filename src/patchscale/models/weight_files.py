@@ -25,10 +25,9 @@ Which = Literal["model", "ema"]
 # carry their command line as a Namespace, and a PosixPath in it where Slurm started them.
 _INERT_TYPES: list[Any] = [
     argparse.Namespace,
-    pathlib.PosixPath,
-    pathlib.PurePosixPath,
-    (pathlib.PosixPath, "pathlib._local.PosixPath"),
-    (pathlib.PurePosixPath, "pathlib._local.PurePosixPath"),
+    # Read as a pure path, which exists on Windows too; Python 3.13 names the module otherwise.
+    (pathlib.PurePosixPath, "pathlib.PosixPath"),
+    (pathlib.PurePosixPath, "pathlib._local.PosixPath"),
 ]
 _STATE_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("model", "state_dict"),
@@ -48,7 +47,10 @@ class Checkpoint(NamedTuple):
         """The (rows, columns) of patches, None if the file does not tell."""
         config = self.extra.get("model_args")
         if isinstance(config, dict) and {"img_size", "patch_size"} <= config.keys():
-            return grid_size(config["img_size"], config["patch_size"])
+            try:
+                return grid_size(config["img_size"], config["patch_size"])
+            except (TypeError, ValueError) as e:
+                raise UserError(f"{self.path} records sizes that make no grid: {first_line(e)}") from e
         # The published code makes square images alone.
         positions = self.weights.get("pos_embed")
         if positions is None or not isinstance(self.extra.get("args"), argparse.Namespace):
@@ -209,9 +211,11 @@ def _locate(source: str | os.PathLike) -> Path:
             raise UserError(
                 f"cannot download {text} ({e}): fetch it where there is a network, then give its path"
             ) from e
+    # A Hub id looks like a relative path: one that begins in a folder of this machine is a path.
     parts = text.removeprefix("hf-hub:").split("/")
     names_a_file = path.suffix in (".pth", ".pt", ".safetensors")
-    if len(parts) == (3 if names_a_file else 2) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", "/".join(parts)):
+    is_id = len(parts) == (3 if names_a_file else 2) and all(re.fullmatch(r"[\w-][\w.-]*", part) for part in parts)
+    if is_id and (text.startswith("hf-hub:") or not Path(parts[0]).exists()):
         return download("/".join(parts[:2]), parts[2] if names_a_file else "model.safetensors")
     raise UserError(f"no such weight file: {text}")
 

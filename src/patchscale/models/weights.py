@@ -110,7 +110,16 @@ def create_from_checkpoint(checkpoint: Checkpoint, **overrides: Any) -> nn.Modul
         name = checkpoint.extra.get("model_name") or architecture_name(arguments)
         if not isinstance(name, str) or not timm.is_model(name):
             raise UserError(f"there is no model {name!r}")
-        model = timm.create_model(name, **arguments)
+        # Named here, so that no record can: what is made is filled from this file and no other.
+        model = timm.create_model(
+            name,
+            pretrained=False,
+            pretrained_cfg=None,
+            pretrained_cfg_overlay=None,
+            checkpoint_path=None,
+            cache_dir=None,
+            **arguments,
+        )
     except (TypeError, KeyError, ValueError, RuntimeError) as e:
         raise UserError(f"{checkpoint.path} records a model that cannot be made: {first_line(e)}") from e
     fill(model, checkpoint)

@@ -52,19 +52,27 @@ class _Segment:
 
 def _segments(length: int, reverse: bool, suffix: int, chunk_size: int, like: Tensor) -> list[_Segment]:
     """The chunks in scan order, of nearly equal length; a sequence that nearly fits one chunk is one."""
-    suffix = suffix if reverse else 0
-    body = length - suffix
-    if not length:
-        return []
-    if length <= chunk_size + suffix:
-        return [_Segment(0, length, reverse, suffix, like)]
-    count = max(1, round(body / chunk_size))
-    bounds = [body * i // count for i in range(count + 1)]
-    chunks = [_Segment(s, e, reverse, 0, like) for s, e in itertools.pairwise(bounds)]
-    if reverse:
-        chunks.reverse()
+    body, tail = _chunks(length, reverse, suffix, chunk_size)
+    if not tail:
+        return [_Segment(s, e, reverse, suffix if reverse else 0, like) for s, e in (body[::-1] if reverse else body)]
     # The suffix runs left to right whatever the direction.
-    return chunks + [_Segment(s, min(s + chunk_size, length), False, 0, like) for s in range(body, length, chunk_size)]
+    return [
+        *(_Segment(s, e, True, 0, like) for s, e in reversed(body)),
+        *(_Segment(s, e, False, 0, like) for s, e in tail),
+    ]
+
+
+def _chunks(
+    length: int, reverse: bool, suffix: int, chunk_size: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(start, stop) of the chunks, and of those that hold nothing but a suffix that follows a reversed body."""
+    suffix = suffix if reverse else 0
+    if length <= chunk_size + suffix:
+        return ([(0, length)] if length else []), []
+    body = length - suffix
+    count = max(1, round(body / chunk_size))
+    bounds = itertools.pairwise(body * i // count for i in range(count + 1))
+    return list(bounds), [(s, min(s + chunk_size, length)) for s in range(body, length, chunk_size)]
 
 
 def _groups(batch: int, heads: int, chunk_size: int) -> list[slice]:
@@ -316,17 +324,18 @@ def _backward(ctx, grad_y, grad_final):
 ssd_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _matrix_flops(x_shape, d_state: int, chunk_size: int) -> tuple[int, int, int]:
+def _matrix_flops(x_shape, d_state: int, reverse: bool, suffix: int, chunk_size: int) -> tuple[int, int, int]:
     """FLOPs of the chunks' products: C B^T (all heads at once), scores times x, and a pass over the states."""
     batch, length, heads, headdim = x_shape
-    chunk = min(chunk_size, length)
-    tokens = batch * length
-    return 2 * tokens * chunk * d_state, 2 * tokens * chunk * heads * headdim, 2 * tokens * heads * headdim * d_state
+    body, tail = _chunks(length, reverse, suffix, chunk_size)
+    pairs = batch * sum((stop - start) ** 2 for start, stop in body + tail)
+    return 2 * pairs * d_state, 2 * pairs * heads * headdim, 2 * batch * length * heads * headdim * d_state
 
 
 @register_flop_formula(torch.ops.patchscale.ssd_scan)
 def _forward_flops(x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs) -> int:
-    products, inside, states = _matrix_flops(x_shape, B_shape[2], args[-2])
+    *_, reverse, suffix, chunk_size, _ = args
+    products, inside, states = _matrix_flops(x_shape, B_shape[2], reverse, suffix, chunk_size)
     return products + inside + 2 * states
 
 
@@ -335,5 +344,6 @@ def _backward_flops(
     grad_y_shape, grad_final_shape, x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs
 ) -> int:
     # The gradient of the decays sums over pairs by a product with zeros and ones; sums are not counted.
-    products, inside, states = _matrix_flops(x_shape, B_shape[2], args[-2])
+    *_, reverse, suffix, chunk_size, _ = args
+    products, inside, states = _matrix_flops(x_shape, B_shape[2], reverse, suffix, chunk_size)
     return 3 * products + 2 * inside + 5 * states

@@ -1,6 +1,8 @@
-"""Where a run computes, and in which precision."""
+"""Where a run computes, in which precision, and how it keeps its memory."""
 
+import ctypes
 import os
+import sys
 from contextlib import AbstractContextManager
 
 import torch
@@ -34,3 +36,20 @@ def default_workers(device: torch.device) -> int:
     """Loader processes: on a CPU, where they compete with training for cores, two at most."""
     cores = os.cpu_count() or 1
     return min(2, cores - 1) if device.type == "cpu" else min(8, cores)
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory that it frees, for the next tensor, instead of handing it back at once.
+
+    With glibc, on Linux; elsewhere nothing happens. By default every large tensor is fresh memory, which the system
+    clears page by page: that was 40% of a CPU training step (Adventurer-Tiny, 257 tokens, batch 64).
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
