@@ -53,8 +53,7 @@ def train_cell(patch_size: int, seed: int, epochs: int, folder: str, queue) -> d
         embed_dim=64,
         depth=4,
         epochs=epochs,
-        batch_size=32,
-        lr=3e-3,
+        lr=5e-3,
         smoothing=0.0,
         hflip=0.0,
         crop_scale=(1.0, 1.0),
@@ -170,7 +169,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> int:
     """Run everything; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=11)
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     arguments = parser.parse_args()
