@@ -11,11 +11,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
-def repository() -> Path:
-    return REPOSITORY
-
-
-@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of large fixtures beside the repository; a stranger's clone has none."""
     folder = REPOSITORY.parent / "shared"
