@@ -71,7 +71,7 @@ def test_folder_has_its_own_splits(image_folder):
 
 
 def test_a_single_split_says_that_it_is_evaluated_on_what_it_trained_on(image_folder):
-    assert "single split" in open_source(f"folder:{image_folder / 'train'}", "val").note
+    assert "same images serve as both" in open_source(f"folder:{image_folder / 'train'}", "val").note
 
 
 def test_the_images_folder_of_a_data_set_is_found(shared):
@@ -124,6 +124,14 @@ def test_a_missing_validation_split_is_named(image_folder):
         folder.rmdir()
     with pytest.raises(UserError, match="has train but none of val"):
         open_source(f"folder:{image_folder}", "val")
+
+
+def test_timms_factory_opens_what_it_knows(image_folder):
+    train, val = (open_source(f"torch/image_folder:{image_folder}", split) for split in ("train", "val"))
+    assert train.classes == val.classes == ("cat", "dog")
+    assert len(train) == len(val) == 4
+    assert "train" in train.dataset.samples[0][0]
+    assert "val" in val.dataset.samples[0][0]
 
 
 def test_what_timm_cannot_open_is_refused(tmp_path):

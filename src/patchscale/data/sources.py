@@ -178,7 +178,7 @@ def _split_folder(path: Path, split: Split) -> tuple[Path, str]:
     if any(found.values()):
         other = next(f for f in found.values() if f is not None)
         raise UserError(f"{path} has {other.name} but none of {', '.join(_SPLIT_FOLDERS[split])}")
-    return path, f"{path} is a single split: the same images are trained and evaluated on" if split == "val" else ""
+    return path, f"{path} has no train and val folders: the same images serve as both" if split == "val" else ""
 
 
 def _subfolders(path: Path) -> list[Path]:
