@@ -212,7 +212,7 @@ def convert(source: tyro.conf.Positional[str], destination: tyro.conf.Positional
 
     Args:
         source: A file, URL or Hub id.
-        destination: A .safetensors file, or a folder.
+        destination: A folder, ready for the Hub (model.safetensors), or a .safetensors file of another name.
         which: The trained weights, or their moving average.
     """
     from patchscale.models.weights import convert as run
