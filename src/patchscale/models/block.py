@@ -10,11 +10,13 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from patchscale.errors import UserError
-from patchscale.ops import causal_conv1d, gated_rms_norm, ssd_scan
+from patchscale.ops import mix_tokens
 
 CONV_WIDTH = 4
 MLP_RATIO = 2.5
 NORM_EPS = 1e-5
+# Inference on a CPU takes so many tokens at a time through a layer: enough for its matrix products, few for the cache.
+STREAM_TOKENS = 1024
 
 
 @register_notrace_module
@@ -47,7 +49,7 @@ class Mamba2Mixer(nn.Module):
         self.d_inner, self.d_state, self.headdim = d_inner, d_state, headdim
         self.nheads = d_inner // headdim
         self.reverse = reverse
-        conv_dim = d_inner + 2 * d_state
+        self.conv_dim = conv_dim = d_inner + 2 * d_state
         self.in_proj = nn.Linear(embed_dim, d_inner + conv_dim + self.nheads, bias=False, **dd)
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, CONV_WIDTH, groups=conv_dim, **dd)  # holds weights, is not called
         self.dt_bias = nn.Parameter(torch.empty(self.nheads, **dd))
@@ -69,31 +71,63 @@ class Mamba2Mixer(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(batch, patches + 1, embed_dim) -> (batch, patches + 1, embed_dim)."""
-        z, xBC, dt = self._project(u)
         # in_proj is linear: the projection of the mean is the mean of the projections.
-        _, mean_xBC, mean_dt = self._project(u.mean(1, keepdim=True))
-        A = -torch.exp(self.A_log.to(dt.dtype))
-        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.get_parameter("bias")
+        history, state = self._heading(self.in_proj(u.mean(1, keepdim=True)))
+        if not torch.is_grad_enabled() and u.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self._stream(u, history, state)
+        out, _ = self._mix(self.in_proj(u), history, state, self.reverse, suffix=1)
+        return self.out_proj(out)
 
+    def _heading(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """What the mean token, scanned first, leaves: the convolution's history and the scan's first state."""
+        _, xBC, dt = mean.split([self.d_inner, self.conv_dim, self.nheads], dim=-1)
+        work = torch.promote_types(dt.dtype, torch.float32)
         # Nothing comes before the mean token: of the convolution it meets the last tap alone.
-        mean_x, mean_B, _ = self._split(F.silu(mean_xBC * taps[:, -1] + bias))
-        written = mean_x.to(A.dtype) * mean_dt[..., None]
-        state = written[:, 0, :, :, None] * mean_B[:, 0, None, None].to(A.dtype)
+        met = F.silu(xBC * self.conv1d.weight[:, 0, -1] + self.conv1d.get_parameter("bias"))
+        x, B, _ = met[:, 0].to(work).split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        written = x.unflatten(-1, (self.nheads, self.headdim)) * F.softplus(dt.to(work) + self.dt_bias)[:, 0, :, None]
+        return F.pad(xBC, (0, 0, CONV_WIDTH - 2, 0)), written[..., None] * B[:, None, None]
 
-        history = F.pad(mean_xBC, (0, 0, CONV_WIDTH - 2, 0))
-        xBC = causal_conv1d(xBC, taps, bias, history=history, reverse=self.reverse, suffix=1)
-        x, B, C = self._split(xBC)
-        y, _ = ssd_scan(x, dt, A, B, C, self.D, initial_state=state, reverse=self.reverse, suffix=1, final_state=False)
-        return self.out_proj(gated_rms_norm(y.flatten(2), z, self.norm.weight, NORM_EPS))
+    def _mix(
+        self, projected: Tensor, history: Tensor, state: Tensor, reverse: bool, suffix: int = 0, final: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        return mix_tokens(
+            projected,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.get_parameter("bias"),
+            self.dt_bias,
+            -torch.exp(self.A_log.to(state.dtype)),
+            self.D,
+            self.norm.weight,
+            history=history,
+            initial_state=state,
+            reverse=reverse,
+            suffix=suffix,
+            eps=NORM_EPS,
+            final_state=final,
+        )
 
-    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gate, what the convolution takes, and the step sizes (float32 at least)."""
-        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.d_inner + 2 * self.d_state, self.nheads], dim=-1)
-        return z, xBC, F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)
+    def _stream(self, u: Tensor, history: Tensor, state: Tensor) -> Tensor:
+        """The same as one pass over all tokens, in little memory: some tokens of some samples at a time."""
+        batch, length, _ = u.shape
+        out = torch.empty_like(u)
+        samples = max(1, STREAM_TOKENS // length)
+        for group in (slice(s, s + samples) for s in range(0, batch, samples)):
+            before, group_state = history[group], state[group]
+            for start, stop, reverse in _spans(length, self.reverse):
+                projected = self.in_proj(u[group, start:stop])
+                mixed, group_state = self._mix(projected, before, group_state, reverse, final=True)
+                out[group, start:stop] = self.out_proj(mixed)
+                xBC = projected[..., self.d_inner : self.d_inner + self.conv_dim]
+                before = torch.cat([before, xBC.flip(1) if reverse else xBC], 1)[:, 1 - CONV_WIDTH :]
+        return out
 
-    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
-        return x.unflatten(-1, (self.nheads, self.headdim)), B, C
+
+def _spans(length: int, reverse: bool) -> list[tuple[int, int, bool]]:
+    """(start, stop, scanned from the right) of streamed tokens in scan order; the class token is last in both."""
+    body = length - 1 if reverse else length
+    spans = [(s, min(s + STREAM_TOKENS, body), reverse) for s in range(0, body, STREAM_TOKENS)]
+    return [*reversed(spans), (body, length, False)] if reverse else spans
 
 
 class SwiGLU(nn.Module):

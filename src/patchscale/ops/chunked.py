@@ -3,140 +3,452 @@
 Within a chunk of Q tokens the recurrence is a masked matrix product (the "dual" form); from chunk to chunk only the
 state is passed on. With ``cs`` the running sum of ``dt A`` in scan order inside a chunk,
 
-    y_t   = sum_(s <= t) exp(cs_t - cs_s) (C_t . B_s) dt_s x_s  +  exp(cs_t) H C_t  +  D x_t
-    H'    = exp(cs_Q) H + sum_s exp(cs_Q - cs_s) dt_s x_s (outer) B_s
+    y_t = sum_(s <= t) exp(cs_t - cs_s) (C_t . B_s) dt_s x_s  +  exp(cs_t) H C_t
+    H'  = exp(cs_Q) H + sum_s exp(cs_Q - cs_s) dt_s x_s (outer) B_s
 
-``C B^T`` is shared by all heads and computed once per chunk. The mask is applied before the exponential, so that no
-decay, however strong, overflows. Chunks stream through buffers that fit the cache, a few samples at a time; the
-backward recomputes them from the states at chunk boundaries, which it recomputes too, so that a forward pass keeps
-nothing but its inputs.
+The decay of a pair is the product of a factor of each token, exp(cs_t - c) and exp(c - cs_s), so that all heads share
+one matrix M = C B^T, masked, and a chunk is three matrix products, whatever the number of heads:
 
-Shapes in comments: b = samples in the group, Q = tokens in the chunk, h = heads, p = headdim, n = d_state.
+    Y  = exp(cs - c) * ([C | M] @ [G; X'])    with X' = exp(c - cs) dt x  and  G = exp(c) H
+    G' = exp(cs_Q - c + c') (G + B^T X')      with c' of the next chunk
+
+With c in the middle of the chunk's decays, the factors stay far from the ends of the number format as long as a head
+decays by less than exp(62) in a chunk. Heads that decay more are left out, and computed pair by pair (`pairwise.py`).
+
+Chunks are taken a few at a time, as many as fit the cache: only the passing on of states is one after the other.
+
+Shapes in comments: b = samples in the group, k = chunks in the block, Q = tokens in the chunk, h = heads, p = headdim,
+n = d_state. States are (b, n, h p) here, so that all heads are one matrix.
 """
 
+import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from patchscale.ops.reference import scan_order
-
-DEFAULT_CHUNK_SIZE = 64
-
-# Elements of one (b, h, Q, Q) buffer: 512 KiB in float32, found best on two cores with 2 MiB of L2 each.
-_BUFFER_ELEMENTS = 131072
+from patchscale.ops import pairwise
 
 
-class _Segment:
-    """A chunk: a slice of tokens and the order in which the scan meets them."""
-
-    def __init__(self, start: int, stop: int, reverse: bool, suffix: int, like: Tensor) -> None:
-        self.start, self.stop = start, stop
-        length = stop - start
-        order = torch.tensor(scan_order(length, reverse, suffix), device=like.device)
-        place = order.argsort()
-        self.order: Tensor | None = order if reverse else None  # None: as they stand
-        self.place: Tensor | None = place if reverse else None
-        self.last = int(order[-1])
-        self.seen = (place[:, None] >= place[None, :]).to(like.dtype)  # (t, s): s is not after t
-        self.before = 1 - self.seen  # (s, u): s is before u
-
-    def running_sum(self, values: Tensor) -> Tensor:
-        """Inclusive sum over the last dimension, in scan order."""
-        if self.order is None or self.place is None:
-            return values.cumsum(-1)
-        return values[..., self.order].cumsum(-1)[..., self.place]
+def default_chunk_size(length: int) -> int:
+    """Tokens per chunk: longer chunks move fewer states, and compute more. Measured on two cores."""
+    return 128 if length >= 1024 else 64
 
 
-def _segments(length: int, reverse: bool, suffix: int, chunk_size: int, like: Tensor) -> list[_Segment]:
-    """The chunks in scan order, of nearly equal length; a sequence that nearly fits one chunk is one."""
-    body, tail = _chunks(length, reverse, suffix, chunk_size)
-    if not tail:
-        return [_Segment(s, e, reverse, suffix if reverse else 0, like) for s, e in (body[::-1] if reverse else body)]
-    # The suffix runs left to right whatever the direction.
-    return [
-        *(_Segment(s, e, True, 0, like) for s, e in reversed(body)),
-        *(_Segment(s, e, False, 0, like) for s, e in tail),
-    ]
+# Elements of x in a block: 512 KiB in float32, found best on two cores with 2 MiB of L2 each.
+_BLOCK_ELEMENTS = 131072
 
 
-def _chunks(
-    length: int, reverse: bool, suffix: int, chunk_size: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(start, stop) of the chunks, and of those that hold nothing but a suffix that follows a reversed body."""
-    suffix = suffix if reverse else 0
-    if length <= chunk_size + suffix:
-        return ([(0, length)] if length else []), []
-    body = length - suffix
-    count = max(1, round(body / chunk_size))
-    bounds = itertools.pairwise(body * i // count for i in range(count + 1))
-    return list(bounds), [(s, min(s + chunk_size, length)) for s in range(body, length, chunk_size)]
+class Block(NamedTuple):
+    """Chunks of equal length, side by side, that the scan meets from one end."""
+
+    start: int
+    stop: int
+    chunks: int
+    first: int  # its first chunk's number, counted as tokens stand
+    reverse: bool
+    seen: Tensor  # (t, s): 1 where s is not after t in scan order, else 0
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def numbers(self) -> slice:
+        """Of its chunks."""
+        return slice(self.first, self.first + self.chunks)
+
+    @property
+    def in_scan_order(self) -> range:
+        """Places in the block."""
+        return range(self.chunks - 1, -1, -1) if self.reverse else range(self.chunks)
 
 
-def _groups(batch: int, heads: int, chunk_size: int) -> list[slice]:
-    size = max(1, _BUFFER_ELEMENTS // (heads * chunk_size * chunk_size))
-    return [slice(s, min(s + size, batch)) for s in range(0, batch, size)]
+class Plan(NamedTuple):
+    """How a sequence is cut into chunks and blocks; chunks are numbered as tokens stand."""
+
+    chunks: int
+    blocks: tuple[Block, ...]  # in scan order
+    following: tuple[int, ...]  # of every chunk, the next in scan order; the number of chunks after the last
+    first: int  # the chunk that the scan meets first
+    padded: Tensor  # (chunk, place in scan order): the token there, or the length where there is none
+    place: Tensor  # (token,): where it stands in ``padded``, flattened
+    chunk_of: Tensor  # (token,)
+    factor_range: Tensor  # (chunk,): the log-decay up to which factors serve
 
 
-class _Chunk:
-    """What forward and backward both need of one chunk of one group of samples, heads before tokens."""
+@functools.lru_cache(maxsize=64)
+def plan(
+    length: int,
+    reverse: bool,
+    suffix: int,
+    chunk_size: int,
+    chunks_per_block: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Plan:
+    """Cut a sequence; a suffix that follows a reversed body has chunks of its own."""
+    bounds = chunk_bounds(length, reverse, suffix, chunk_size)
+    body = length - suffix if reverse else length
+    from_right = [reverse and stop <= body for _, stop in bounds]
+    order = [i for i in reversed(range(len(bounds))) if from_right[i]]
+    order += [i for i in range(len(bounds)) if not from_right[i]]
+    following = [0] * len(bounds)
+    for i, j in itertools.pairwise([*order, len(bounds)]):
+        following[i] = j
 
-    def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, group: slice, segment: _Segment) -> None:
-        work = A.dtype
-        tokens = slice(segment.start, segment.stop)
-        self.segment = segment
-        self.x = x[group, tokens].transpose(1, 2).to(work)  # (b, h, Q, p)
-        self.dt = dt[group, tokens].transpose(1, 2).to(work).contiguous()  # (b, h, Q)
-        self.B = B[group, tokens].to(work)  # (b, Q, n)
-        self.C = C[group, tokens].to(work)  # (b, Q, n)
-        self.cs = segment.running_sum(self.dt * A[:, None])  # (b, h, Q)
-        self.total = self.cs[..., segment.last, None]  # (b, h, 1)
-        self.xdt = self.x * self.dt[..., None]  # (b, h, Q, p)
+    padded = torch.full((len(bounds), max((e - s for s, e in bounds), default=1)), length)
+    chunk_of = torch.empty(length, dtype=torch.long)
+    for i, (start, stop) in enumerate(bounds):
+        tokens = torch.arange(start, stop)
+        padded[i, : stop - start] = tokens.flip(0) if from_right[i] else tokens
+        chunk_of[start:stop] = i
+    place = torch.empty(length + 1, dtype=torch.long)
+    place[padded.flatten()] = torch.arange(padded.numel())
 
-    def decay(self) -> Tensor:
-        """exp(cs_t - cs_s) for s not after t in scan order, 1 for the other pairs: (b, h, t, s)."""
-        difference = self.cs[..., :, None] - self.cs[..., None, :]
-        return difference.clamp_(_log_floor(self.cs.dtype), 0.0).exp_()
-
-    def products(self) -> Tensor:
-        """C_t . B_s for s not after t in scan order, else 0, for all heads: (b, 1, t, s)."""
-        return (self.C @ self.B.transpose(1, 2)).mul_(self.segment.seen)[:, None]
-
-    def decayed_B(self) -> Tensor:
-        """exp(cs_Q - cs_s) B_s, as the state at the end of the chunk sees it: (b, h, Q, n)."""
-        return self.B[:, None] * _exp(self.total - self.cs)[..., None]
-
-    def decayed_C(self) -> Tensor:
-        """exp(cs_t) C_t, as it reads the state before the chunk: (b, h, Q, n)."""
-        return self.C[:, None] * _exp(self.cs)[..., None]
-
-    def next_state(self, state: Tensor | None) -> Tensor:
-        """The state after this chunk, (b, h, p, n)."""
-        written = self.xdt.transpose(2, 3) @ self.decayed_B()
-        return written if state is None else written.addcmul_(state, _exp(self.total)[..., None])
-
-    def output(self, state: Tensor | None) -> Tensor:
-        """Without the skip: (b, h, Q, p)."""
-        scores = self.decay().mul_(self.products())
-        y = scores @ self.xdt
-        return y if state is None else _add_matmul(y, self.decayed_C(), state.transpose(2, 3))
+    runs: list[list[int]] = []
+    for i in order:
+        size = bounds[i][1] - bounds[i][0]
+        last = runs[-1] if runs else []
+        alike = last and (bounds[last[0]][1] - bounds[last[0]][0], from_right[last[0]]) == (size, from_right[i])
+        if alike and len(last) < chunks_per_block:
+            last.append(i)
+        else:
+            runs.append([i])
+    seen: dict[tuple[int, bool], Tensor] = {}
+    blocks = []
+    for run in runs:
+        first, right = min(run), from_right[run[0]]
+        size = bounds[first][1] - bounds[first][0]
+        if (size, right) not in seen:
+            ones = torch.ones(size, size, dtype=dtype, device=device)
+            seen[size, right] = ones.triu() if right else ones.tril()
+        blocks.append(Block(bounds[first][0], bounds[max(run)][1], len(run), first, right, seen[size, right]))
+    return Plan(
+        len(bounds),
+        tuple(blocks),
+        tuple(following),
+        order[0] if order else 0,
+        padded.to(device),
+        place[:length].to(device),
+        chunk_of.to(device),
+        torch.tensor([_factor_range(e - s, dtype) for s, e in bounds], device=device),
+    )
 
 
-def _add_matmul(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out += left @ right, in place, over the two batch dimensions (b, h)."""
-    out.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
-    return out
+def chunk_bounds(length: int, reverse: bool, suffix: int, chunk_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of the chunks: all of one size but the body's last, which takes what is left, and a suffix's."""
+    body = length - suffix if reverse else length
+    starts = [chunk_size * i for i in range(max(1, round(body / chunk_size)))] if body else []
+    bounds = [*itertools.pairwise([*starts, body])]
+    return bounds + [(s, min(s + chunk_size, length)) for s in range(body, length, chunk_size)]
 
 
-def _log_floor(dtype: torch.dtype) -> float:
+def cut(x: Tensor, heads: int, headdim: int, reverse: bool, suffix: int, chunk_size: int) -> tuple[Plan, list[slice]]:
+    """The plan of (batch, length, ...) tokens, and the groups of samples: so many that a block of them fits the cache."""
+    batch, length = x.shape[:2]
+    chunk_elements = max(1, min(chunk_size, length) * heads * headdim)
+    samples = max(1, _BLOCK_ELEMENTS // chunk_elements)
+    chunks = max(1, _BLOCK_ELEMENTS // (chunk_elements * min(samples, max(1, batch))))
+    the_plan = plan(length, reverse, suffix, chunk_size, chunks, work_dtype(x), x.device)
+    return the_plan, [slice(s, min(s + samples, batch)) for s in range(0, batch, samples)]
+
+
+class _Buffers:
+    """What the matrix products of a block read and write: rows [G; X'], mixing [C | M], and the same for gradients."""
+
+    def __init__(self, batch: int, chunks: int, size: int, d_state: int, width: int, like: Tensor) -> None:
+        n = d_state
+        self.rows = like.new_empty(batch, chunks, n + size, width)
+        self.mixing = like.new_empty(batch, chunks, size, n + size)
+        self.B = like.new_empty(batch, chunks, size, n)
+        self.y = like.new_empty(batch * chunks, size, width)
+        self.flat_rows, self.flat_mixing = self.rows.flatten(0, 1), self.mixing.flatten(0, 1)
+        self.flat_B = self.B.flatten(0, 1)
+        self.flat_C, self.flat_products = self.flat_mixing[:, :, :n], self.flat_mixing[:, :, n:]
+        self.states = self.rows[:, :, :n].unbind(1)
+        self.written = self.rows[:, :, n:]
+        self.written_by_chunk = self.written.unbind(1)
+        self.B_by_chunk = self.B.transpose(2, 3).unbind(1)
+        self.C_by_chunk = self.mixing[:, :, :, :n].transpose(2, 3).unbind(1)
+
+    def add_gradients(self) -> None:
+        """[dG; dP] and [B | M^T], and room for a product over all heads and for one over tokens."""
+        n = self.B.shape[3]
+        size = self.rows.shape[2]
+        self.gram = self.rows.new_empty(self.flat_rows.shape[0], size, size)
+        self.spare = torch.empty_like(self.y)
+        self.spare_state = torch.empty_like(self.rows[:, 0, :n])
+        self.grad_rows = torch.empty_like(self.rows)
+        self.flat_grad_rows = self.grad_rows.flatten(0, 1)
+        self.grad_states = self.grad_rows[:, :, :n].unbind(1)
+        self.grad_read = self.grad_rows[:, :, n:]
+        self.grad_read_by_chunk = self.grad_read.unbind(1)
+        self.back_mixing = torch.empty_like(self.flat_mixing)
+
+
+class Scan:
+    """The scan of a group of samples, block by block in scan order; then, for gradients, back again."""
+
+    def __init__(self, dt: Tensor, A: Tensor, plan: Plan, headdim: int, d_state: int) -> None:
+        """dt: (b, length, h) and A: (h,), both in the working precision."""
+        self.dt, self.A, self.plan, self.d_state = dt, A, plan, d_state
+        self.heads = dt.shape[2], headdim
+        # Sums of log-decays in float64: an error in them is a relative error of what they multiply. There are few.
+        exact = torch.float32 if dt.device.type == "mps" else torch.float64
+        log_decay = F.pad(dt.to(exact) * A.to(exact), (0, 0, 0, 1))
+        cs = log_decay[:, plan.padded].cumsum(2)  # (b, chunks, Q, h)
+        self.total = cs[:, :, -1]  # (b, chunks, h)
+        self.cs = cs.flatten(1, 2)[:, plan.place]  # (b, length, h)
+
+        strong = (self.total < -plan.factor_range[:, None]).any(0)  # (chunks, h)
+        any_strong = bool(strong.any())
+        middle = self.total / 2
+        self.strong: list[Tensor | None] = [None] * len(plan.blocks)  # heads that are computed pair by pair
+        if any_strong:
+            for i, block in enumerate(plan.blocks):
+                strong[block.numbers] = strong[block.numbers].any(0)
+                found = strong[block.first].nonzero().squeeze(1)
+                self.strong[i] = found if len(found) else None
+            middle.masked_fill_(strong, 0.0)
+        padded_middle = F.pad(middle, (0, 0, 0, 1))  # nothing is read after the last chunk
+        following = list(plan.following)
+        self.to_next = padded_middle[:, following].exp().to(dt.dtype)  # (b, chunks, h): from H to G of the next chunk
+        self.to_first = padded_middle[:, plan.first].exp().to(dt.dtype)  # (b, h)
+        passed_on = self.total - middle + padded_middle[:, following]
+        self.pass_on = passed_on.clamp_(min=log_floor(dt.dtype)).exp_().to(dt.dtype)  # (b, chunks, h)
+        from_middle = self.cs - middle[:, plan.chunk_of]
+        if any_strong:
+            hidden = strong[plan.chunk_of]  # (length, h)
+            from_middle.masked_fill_(hidden, 0.0)
+        self.read = from_middle.exp().to(dt.dtype)[..., None]  # (b, length, h, 1): exp(cs - c)
+        self.write = from_middle.neg_().exp_().to(dt.dtype)[..., None]  # exp(c - cs)
+        if any_strong:
+            self.read.masked_fill_(hidden[..., None], 0.0)
+            self.write.masked_fill_(hidden[..., None], 0.0)
+            self.pass_on.masked_fill_(strong, 0.0)
+        self.write_dt = self.write * dt[..., None]
+        self.state = dt.new_zeros(dt.shape[0], d_state, dt.shape[2] * headdim)  # G before the next chunk
+        self._buffers: dict[tuple[int, int], _Buffers] = {}
+
+    def begin(self, initial_state: Tensor) -> None:
+        """initial_state: (b, h, p, n); without this call, zero."""
+        torch.mul(initial_state.permute(0, 3, 1, 2), self.to_first[:, None, :, None], out=self._by_head(self.state))
+
+    def final_state(self) -> Tensor:
+        """(b, h, p, n), after the last block."""
+        return self._by_head(self.state).permute(0, 2, 3, 1)
+
+    def forward(
+        self, i: int, x: Tensor, B: Tensor, C: Tensor, y: Tensor, states: Tensor | None = None, pass_on: bool = True
+    ) -> None:
+        """Block i: write y, and the states that its chunks start from; with ``pass_on``, move the state on.
+
+        x, y: (b, k Q, h, p); B, C: (b, k Q, n); all but y in the working precision. states: (b, k, n, h p).
+        """
+        block = self.plan.blocks[i]
+        buffers = self._prepare(block, x, B, C)
+        strong = self._pairwise_chunks(i, x, B, C)
+        order = list(block.in_scan_order)
+        if self.state.data_ptr() != buffers.states[order[0]].data_ptr():
+            buffers.states[order[0]].copy_(self.state)
+        for j, after in itertools.pairwise(order):
+            self._pass_on(i, j, buffers, strong, buffers.states[after])
+        if states is not None:
+            states.copy_(buffers.rows[:, :, : self.d_state])
+        torch.bmm(buffers.flat_mixing, buffers.flat_rows, out=buffers.y)
+        torch.mul(buffers.y.view(x.shape), self.read[:, block.tokens], out=y)
+        for j, chunk in enumerate(strong):
+            output = chunk.output(self._strong_heads(buffers.states[j], i))
+            y.unflatten(1, (block.chunks, -1))[:, j, :, self.strong[i]] = output.transpose(1, 2).to(y.dtype)
+        self.state = buffers.states[order[-1]]
+        if pass_on:
+            self._pass_on(i, order[-1], buffers, strong, self.state)
+
+    def _prepare(self, block: Block, x: Tensor, B: Tensor, C: Tensor) -> "_Buffers":
+        """Buffers with X', B, C and M of a block."""
+        by_chunk = block.chunks, (block.stop - block.start) // block.chunks
+        if by_chunk not in self._buffers:
+            self._buffers[by_chunk] = _Buffers(
+                self.dt.shape[0], *by_chunk, self.d_state, self.heads[0] * self.heads[1], self.dt
+            )
+        buffers = self._buffers[by_chunk]
+        buffers.B.copy_(B.unflatten(1, by_chunk))
+        buffers.mixing[:, :, :, : self.d_state] = C.unflatten(1, by_chunk)
+        torch.bmm(buffers.flat_C, buffers.flat_B.transpose(1, 2), out=buffers.flat_products)
+        buffers.flat_products.mul_(block.seen)
+        write = self.write_dt[:, block.tokens].unflatten(1, by_chunk)
+        torch.mul(x.unflatten(1, by_chunk), write, out=buffers.written.unflatten(3, self.heads))
+        return buffers
+
+    def _pass_on(self, i: int, j: int, buffers: "_Buffers", strong: list[pairwise.Chunk], target: Tensor) -> None:
+        """G' after chunk j of block i, to ``target``, which may be where G is."""
+        before, number = buffers.states[j], self.plan.blocks[i].first + j
+        after = strong[j].next_state(self._strong_heads(before, i)) if strong else None
+        torch.baddbmm(before, buffers.B_by_chunk[j], buffers.written_by_chunk[j], out=target)
+        self._by_head(target).mul_(self.pass_on[:, number, None, :, None])
+        if after is not None:
+            self._set_strong_heads(target, i, after * self._strong_to_next(i, j))
+
+    def _by_head(self, state: Tensor) -> Tensor:
+        return state.unflatten(2, self.heads)
+
+    def _pairwise_chunks(self, i: int, x: Tensor, B: Tensor, C: Tensor) -> list[pairwise.Chunk]:
+        """The chunks of block i, with the heads that decay too strongly for factors; empty if none does."""
+        block, heads = self.plan.blocks[i], self.strong[i]
+        if heads is None:
+            return []
+        size = (block.stop - block.start) // block.chunks
+        chunks = []
+        for j in range(block.chunks):
+            here, tokens = slice(j * size, (j + 1) * size), slice(block.start + j * size, block.start + (j + 1) * size)
+            chunks.append(
+                pairwise.Chunk(
+                    x[:, here, heads].transpose(1, 2),
+                    self.dt[:, tokens, heads].transpose(1, 2),
+                    self.cs[:, tokens, heads].transpose(1, 2),
+                    self.total[:, block.first + j, heads, None],
+                    B[:, here],
+                    C[:, here],
+                    block.seen,
+                )
+            )
+        return chunks
+
+    def _strong_heads(self, state: Tensor, i: int) -> Tensor:
+        """(b, n, h p) -> (b, strong heads, p, n), a copy; the middle of their decays is 0, so that G is H."""
+        return self._by_head(state)[:, :, self.strong[i]].permute(0, 2, 3, 1)
+
+    def _set_strong_heads(self, state: Tensor, i: int, value: Tensor) -> None:
+        self._by_head(state)[:, :, self.strong[i]] = value.permute(0, 3, 1, 2)
+
+    def _strong_to_next(self, i: int, j: int) -> Tensor:
+        return self.to_next[:, self.plan.blocks[i].first + j, self.strong[i], None, None]
+
+    def begin_backward(self, grad_final: Tensor | None) -> None:
+        """grad_final: (b, h, p, n), or None if nothing depends on the final state."""
+        self.grad_state = torch.zeros_like(self.state)
+        if grad_final is not None:
+            self._by_head(self.grad_state).copy_(grad_final.permute(0, 3, 1, 2))
+        self.grad_dt = torch.empty_like(self.dt)
+        self.grad_log_decay = torch.empty_like(self.dt)
+
+    def backward(
+        self,
+        i: int,
+        x: Tensor,
+        B: Tensor,
+        C: Tensor,
+        y: Tensor | None,
+        dy: Tensor,
+        states: Tensor,
+        next_state: Tensor | None,
+        dx: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Block i, after those that follow it in the scan: write the gradient of x, return those of B and C.
+
+        x, dx, dy and y (computed again if None): (b, k Q, h, p), dx of any precision. states: G before each chunk,
+        (b, k, n, h p), and next_state before the next block, None if nothing depends on it.
+        """
+        block, n = self.plan.blocks[i], self.d_state
+        buffers = self._prepare(block, x, B, C)
+        by_chunk = block.chunks, (block.stop - block.start) // block.chunks
+        if not hasattr(buffers, "grad_rows"):
+            buffers.add_gradients()
+        strong = self._pairwise_chunks(i, x, B, C)
+        strong_gradients: list = [None] * block.chunks
+        read = self.read[:, block.tokens].unflatten(1, by_chunk)
+        dy_by_chunk = dy.unflatten(1, by_chunk)
+        torch.mul(dy_by_chunk, read, out=buffers.grad_read.unflatten(3, self.heads))
+
+        # From the last chunk to the first: the gradient of the state. That of a factor is its share of all exponents.
+        dtotal = self.dt.new_zeros(self.dt.shape[0], block.chunks, self.heads[0])
+        for j in reversed(block.in_scan_order):
+            if strong:
+                state, dstate = self._strong_heads(states[:, j], i), self._strong_heads(self.grad_state, i)
+                dy_strong = dy_by_chunk[:, j, :, self.strong[i]].transpose(1, 2)
+                strong_gradients[j] = strong[j].backward(state, dy_strong, dstate * self._strong_to_next(i, j))
+            if next_state is not None:
+                torch.mul(self.grad_state, next_state, out=buffers.spare_state)
+                dtotal[:, j] = buffers.spare_state.sum(1).unflatten(1, self.heads).sum(2)
+            pass_on = self.pass_on[:, block.first + j, None, :, None]
+            torch.mul(self._by_head(self.grad_state), pass_on, out=self._by_head(buffers.grad_states[j]))
+            torch.baddbmm(
+                buffers.grad_states[j], buffers.C_by_chunk[j], buffers.grad_read_by_chunk[j], out=self.grad_state
+            )
+            if strong:
+                self._set_strong_heads(self.grad_state, i, strong_gradients[j][-1])
+            next_state = states[:, j]
+
+        # dM = dP X'^T, dC = dP G^T + dM B and dB = X' dG^T + dM^T C, summed over heads by the product itself; all in one,
+        # with dG G^T for nothing: libraries are slow at narrow products of this kind.
+        buffers.rows[:, :, :n] = states
+        gram = torch.bmm(buffers.flat_grad_rows, buffers.flat_rows.transpose(1, 2), out=buffers.gram)
+        dproducts = gram[:, n:, n:].mul_(block.seen)
+        dC = gram[:, n:, :n].baddbmm_(dproducts, buffers.flat_B)
+        dB = torch.baddbmm(gram[:, :n, n:].transpose(1, 2), dproducts.transpose(1, 2), buffers.flat_C)
+
+        # dX' = [B | M^T] [dG; dP]
+        buffers.back_mixing[:, :, :n] = buffers.flat_B
+        buffers.back_mixing[:, :, n:] = buffers.flat_products.transpose(1, 2)
+        spare = buffers.spare.view(x.shape)
+        if y is None:
+            torch.bmm(buffers.flat_mixing, buffers.flat_rows, out=buffers.y)
+            dcs = _sum_last(torch.mul(buffers.y, buffers.flat_grad_rows[:, n:], out=buffers.spare).view(x.shape))
+        else:
+            dcs = _sum_last(torch.mul(dy, y, out=spare))
+        dwritten = torch.bmm(buffers.back_mixing, buffers.flat_grad_rows, out=buffers.y).view(x.shape)
+        ddt = _sum_last(torch.mul(dwritten, x, out=spare)).mul_(self.write[:, block.tokens, :, 0])  # (b, k Q, h)
+        dcs.sub_(ddt * self.dt[:, block.tokens])
+        torch.mul(dwritten, self.write_dt[:, block.tokens], out=dx)
+        # The log-decay of u is in every cs_t with t not before u.
+        # These sums cancel to a large part, hence float64.
+        dlog_decay = block.seen.t().to(self.cs.dtype) @ dcs.to(self.cs.dtype).unflatten(1, by_chunk)
+        dlog_decay = dlog_decay.add_(dtotal[:, :, None]).to(self.dt.dtype)
+
+        dB, dC = dB.unflatten(0, (-1, block.chunks)), dC.unflatten(0, (-1, block.chunks))
+        ddt = ddt.unflatten(1, by_chunk)
+        for j, chunk in enumerate(strong):
+            dxdt, strong_dlog, strong_dB, strong_dC, _ = strong_gradients[j]
+            heads = self.strong[i]
+            dx.unflatten(1, by_chunk)[:, j, :, heads] = (dxdt * chunk.dt[..., None]).transpose(1, 2).to(dx.dtype)
+            ddt[:, j, :, heads] = (dxdt * chunk.x).sum(3).transpose(1, 2)
+            dlog_decay[:, j, :, heads] = strong_dlog.transpose(1, 2)
+            dB[:, j] += strong_dB
+            dC[:, j] += strong_dC
+        self.grad_dt[:, block.tokens] = ddt.flatten(1, 2)
+        self.grad_log_decay[:, block.tokens] = dlog_decay.flatten(1, 2)
+        return dB.flatten(1, 2), dC.flatten(1, 2)
+
+    def end_backward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of dt, (b, length, h), of A, (h,), and of the initial state, (b, h, p, n)."""
+        dA = (self.grad_log_decay * self.dt).sum((0, 1))
+        ddt = self.grad_dt.addcmul_(self.grad_log_decay, self.A)
+        dinitial = self._by_head(self.grad_state) * self.to_first[:, None, :, None]
+        return ddt, dA, dinitial.permute(0, 2, 3, 1)
+
+
+def _sum_last(product: Tensor) -> Tensor:
+    """Sum over the last dimension, as a matrix product: twice as fast as a sum on a CPU."""
+    return torch.mv(product.reshape(-1, product.shape[-1]), product.new_ones(product.shape[-1])).view(product.shape[:-1])
+
+
+def _factor_range(size: int, dtype: torch.dtype) -> float:
+    """The log-decay of a chunk of so many tokens up to which it may be cut into factors: 62 in float32.
+
+    Up to there the factors, and what they multiply, are normal numbers. A gradient of a decay is a difference of
+    numbers that know nothing of that decay, and loses as many digits as it has: hence no more than 8 a token.
+    """
+    return min(0.7 * math.log(torch.finfo(dtype).max), 8.0 * size)
+
+
+def log_floor(dtype: torch.dtype) -> float:
     """Decays below this, 1e-34 in float32, are held there: subnormal numbers are nothing but slow."""
     return 0.9 * math.log(torch.finfo(dtype).tiny)
-
-
-def _exp(log_decay: Tensor) -> Tensor:
-    return log_decay.clamp(min=_log_floor(log_decay.dtype)).exp_()
 
 
 @torch.library.custom_op("patchscale::ssd_scan", mutates_args=())
@@ -146,196 +458,155 @@ def ssd_scan(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    D: Tensor | None,
     initial_state: Tensor | None,
     reverse: bool,
     suffix: int,
     chunk_size: int,
     want_final: bool,
-) -> tuple[Tensor, Tensor]:
-    """Arguments and result as :func:`patchscale.ops.ssd_scan`, already checked; no final state is an empty tensor."""
-    batch, length, heads, _ = x.shape
-    work = torch.promote_types(x.dtype, torch.float32)
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments as :func:`patchscale.ops.ssd_scan`, already checked, less the skip.
+
+    Returns y, the final state, and with ``keep_states`` the states at chunk boundaries that the backward starts from,
+    (batch, chunks, n, h p); empty tensors where not wanted.
+    """
+    _, _, heads, headdim = x.shape
+    work = work_dtype(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final_state = torch.empty(_final_shape(x, B, want_final), dtype=work, device=x.device)
+    the_plan, groups = cut(x, heads, headdim, reverse, suffix, chunk_size)
+    final_state = torch.empty(final_shape(x, B, want_final), dtype=work, device=x.device)
+    states = torch.empty(states_shape(x, B, the_plan, keep_states), dtype=work, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
-        A, D = A.to(work), D if D is None else D.to(work)
-        segments = _segments(length, reverse, suffix, chunk_size, A)
-        for group in _groups(batch, heads, min(chunk_size, max(1, length))):
-            state: Tensor | None = None if initial_state is None else initial_state[group].to(work)
-            for segment in segments:
-                chunk = _Chunk(x, dt, A, B, C, group, segment)
-                out = y[group, segment.start : segment.stop].transpose(1, 2)
-                out.copy_(chunk.output(state)) if D is None else torch.addcmul(
-                    chunk.output(state), chunk.x, D[:, None, None], out=out
-                )
-                if want_final or segment is not segments[-1]:
-                    state = chunk.next_state(state)
+        for group in groups:
+            scan = Scan(dt[group].to(work), A.to(work), the_plan, headdim, B.shape[2])
+            if initial_state is not None:
+                scan.begin(initial_state[group].to(work))
+            for i, block in enumerate(the_plan.blocks):
+                x_i, B_i, C_i = (t[group, block.tokens].to(work) for t in (x, B, C))
+                kept = states[group, block.numbers] if keep_states else None
+                pass_on = want_final or i + 1 < len(the_plan.blocks)
+                scan.forward(i, x_i, B_i, C_i, y[group, block.tokens], kept, pass_on)
             if want_final:
-                final_state[group] = torch.zeros(()) if state is None else state
-    return y, final_state
+                final_state[group] = scan.final_state()
+    return y, final_state, states
 
 
-def _final_shape(x: Tensor, B: Tensor, want_final: bool) -> tuple[int, ...]:
+def work_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def final_shape(x: Tensor, B: Tensor, want_final: bool) -> tuple[int, ...]:
     batch, _, heads, headdim = x.shape
     return (batch, heads, headdim, B.shape[2]) if want_final else (0,)
 
 
+def states_shape(x: Tensor, B: Tensor, the_plan: Plan, keep: bool) -> tuple[int, ...]:
+    batch, _, heads, headdim = x.shape
+    return (batch, the_plan.chunks, B.shape[2], heads * headdim) if keep else (0,)
+
+
 @ssd_scan.register_fake
-def _(x, dt, A, B, C, D, initial_state, reverse, suffix, chunk_size, want_final):
-    state = x.new_empty(_final_shape(x, B, want_final), dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), state
+def _(x, dt, A, B, C, initial_state, reverse, suffix, chunk_size, want_final, keep_states):
+    work = work_dtype(x)
+    chunks = len(chunk_bounds(x.shape[1], reverse, suffix, chunk_size)) if keep_states else 0
+    states_size = (x.shape[0], chunks, B.shape[2], x.shape[2] * x.shape[3]) if keep_states else (0,)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(final_shape(x, B, want_final), dtype=work),
+        x.new_empty(states_size, dtype=work),
+    )
 
 
 @torch.library.custom_op("patchscale::ssd_scan_backward", mutates_args=())
 def ssd_scan_backward(
     grad_y: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    D: Tensor | None,
     initial_state: Tensor | None,
+    y: Tensor,
+    final_state: Tensor,
+    states: Tensor,
     reverse: bool,
     suffix: int,
     chunk_size: int,
-    want_final: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C, D and initial_state, each in its tensor's dtype (zeros for an absent one)."""
-    work = torch.promote_types(x.dtype, torch.float32)
-    batch, length, heads, headdim = x.shape
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C and initial_state, each in its tensor's dtype (zeros for an absent one)."""
+    work = work_dtype(x)
+    batch, _, heads, headdim = x.shape
+    d_state = B.shape[2]
     dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
     dA = torch.zeros(heads, dtype=work, device=x.device)
-    dD = torch.zeros(heads, dtype=work, device=x.device)
-    dinitial = torch.zeros(batch, heads, headdim, B.shape[2], dtype=work, device=x.device)
+    dinitial = torch.zeros(batch, heads, headdim, d_state, dtype=work, device=x.device)
+    the_plan, groups = cut(x, heads, headdim, reverse, suffix, chunk_size)
     with torch.autocast(x.device.type, enabled=False):
-        work_A, work_D = A.to(work), D if D is None else D.to(work)
-        segments = _segments(length, reverse, suffix, chunk_size, work_A)
-        for group in _groups(batch, heads, min(chunk_size, max(1, length))):
-            state = None if initial_state is None else initial_state[group].to(work)
-            states = []
-            for segment in segments:
-                states.append(state)
-                if segment is not segments[-1]:
-                    state = _Chunk(x, dt, work_A, B, C, group, segment).next_state(state)
-            dstate = grad_final[group].to(work) if want_final else None
-            for segment in reversed(segments):
-                tokens = slice(segment.start, segment.stop)
-                chunk = _Chunk(x, dt, work_A, B, C, group, segment)
-                dy = grad_y[group, tokens].transpose(1, 2).to(work)
-                dxdt, dlog_decay, dB_c, dC_c, dstate = _chunk_backward(chunk, states.pop(), dy, dstate)
-                dx_c = dxdt * chunk.dt[..., None]
-                if work_D is not None:
-                    dD += (dy * chunk.x).sum((0, 2, 3))
-                    dx_c.addcmul_(dy, work_D[:, None, None])
-                ddt_c = dxdt.mul_(chunk.x).sum(3).addcmul_(dlog_decay, work_A[:, None])
-                dA += (dlog_decay * chunk.dt).sum((0, 2))
-                dx[group, tokens] = dx_c.transpose(1, 2)
-                ddt[group, tokens] = ddt_c.transpose(1, 2)
-                dB[group, tokens], dC[group, tokens] = dB_c, dC_c
-            if dstate is not None:
-                dinitial[group] = dstate
+        for group in groups:
+            scan = Scan(dt[group].to(work), A.to(work), the_plan, headdim, d_state)
+            scan.begin_backward(None if grad_final is None else grad_final[group].to(work))
+            next_state = None if grad_final is None else final_state[group].permute(0, 3, 1, 2).flatten(2)
+            for i in reversed(range(len(the_plan.blocks))):
+                block = the_plan.blocks[i]
+                x_i, B_i, C_i, dy_i = (t[group, block.tokens].to(work) for t in (x, B, C, grad_y))
+                y_i = y[group, block.tokens] if y.dtype == work else None
+                block_states = states[group, block.numbers]
+                dB_dC = scan.backward(i, x_i, B_i, C_i, y_i, dy_i, block_states, next_state, dx[group, block.tokens])
+                dB[group, block.tokens], dC[group, block.tokens] = dB_dC
+                next_state = block_states[:, block.in_scan_order[0]]
+            ddt[group], dA_group, dinitial[group] = scan.end_backward()
+            dA += dA_group
     return (
         dx,
         ddt,
         dA.to(A.dtype),
         dB,
         dC,
-        dD if D is None else dD.to(D.dtype),
         dinitial if initial_state is None else dinitial.to(initial_state.dtype),
     )
 
 
-def _chunk_backward(
-    chunk: _Chunk, state: Tensor | None, dy: Tensor, dstate: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of one chunk from those of its output and of the state after it (None: nothing depends on it).
-
-    Returns those of dt x, dt A, B, C, and of the state before the chunk. The gradient of an exponent is that of the
-    exponential times the exponential, so each of the four decays gives its share to ``dlog_decay`` in passing.
-    """
-    decay, products = chunk.decay(), chunk.products()
-
-    # Inside the chunk: y_t = sum_s scores_ts xdt_s, with scores = decay * products.
-    dxdt = (decay * products).transpose(2, 3) @ dy
-    dscores = dy @ chunk.xdt.transpose(2, 3)  # (b, h, t, s)
-    dproducts = dscores.mul_(decay)
-    dproducts_all_heads = dproducts.sum(1).mul_(chunk.segment.seen)  # (b, t, s)
-    dB = dproducts_all_heads.transpose(1, 2) @ chunk.C
-    dC = dproducts_all_heads @ chunk.B
-    # The log-decay of u is in the difference of every pair s before u, t not before u. Summed pair by pair, nothing
-    # cancels (as it would in the gradients of cs_t and cs_s): with strong decay only small numbers are left.
-    ddifference = dproducts.mul_(products)
-    dlog_decay = (ddifference @ chunk.segment.before).mul_(chunk.segment.seen).sum(2)  # (b, h, Q)
-
-    # Out of the state before: y_t += H decayed_C_t.
-    decayed_C = chunk.decayed_C()
-    dstate_before = dy.transpose(2, 3) @ decayed_C  # (b, h, p, n)
-    if state is not None:
-        ddecayed_C = dy @ state  # (b, h, Q, n)
-        dC += (ddecayed_C * _exp(chunk.cs)[..., None]).sum(1)
-        dlog_decay += ddecayed_C.mul_(decayed_C).sum(3) @ chunk.segment.seen
-
-    # Into the next state: H' = exp(cs_Q) H + sum_s xdt_s (outer) decayed_B_s.
-    if dstate is not None:
-        decayed_B = chunk.decayed_B()
-        _add_matmul(dxdt, decayed_B, dstate.transpose(2, 3))
-        ddecayed_B = chunk.xdt @ dstate  # (b, h, Q, n)
-        dB += (ddecayed_B * _exp(chunk.total - chunk.cs)[..., None]).sum(1)
-        dlog_decay += ddecayed_B.mul_(decayed_B).sum(3) @ chunk.segment.before
-        dcarried = dstate * _exp(chunk.total)[..., None]
-        if state is not None:
-            dlog_decay += (dcarried * state).sum((2, 3))[..., None]
-        dstate_before += dcarried
-
-    return dxdt, dlog_decay, dB, dC, dstate_before
-
-
 @ssd_scan_backward.register_fake
-def _(grad_y, grad_final, x, dt, A, B, C, D, initial_state, reverse, suffix, chunk_size, want_final):
-    work = torch.promote_types(x.dtype, torch.float32)
+def _(grad_y, grad_final, x, dt, A, B, C, initial_state, y, final_state, states, reverse, suffix, chunk_size):
     batch, _, heads, headdim = x.shape
     dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
-    dD = x.new_empty(heads, dtype=work if D is None else D.dtype)
-    state_dtype = work if initial_state is None else initial_state.dtype
-    dinitial = x.new_empty(batch, heads, headdim, B.shape[2], dtype=state_dtype)
-    return dx, ddt, A.new_empty(A.shape), dB, dC, dD, dinitial
+    state_dtype = work_dtype(x) if initial_state is None else initial_state.dtype
+    return dx, ddt, A.new_empty(A.shape), dB, dC, x.new_empty(batch, heads, headdim, B.shape[2], dtype=state_dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, dt, A, B, C, D, initial_state, *ctx.options = inputs
-    ctx.save_for_backward(x, dt, A, B, C, D, initial_state)
+    *tensors, ctx.reverse, ctx.suffix, ctx.chunk_size, _, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx, grad_y, grad_final):
-    saved = ctx.saved_tensors
-    grads = ssd_scan_backward(grad_y, grad_final, *saved, *ctx.options)
+def _backward(ctx, grad_y, grad_final, grad_states):
+    tensors, (y, final_state, states) = ctx.saved_tensors[:-3], ctx.saved_tensors[-3:]
+    grad_y = torch.zeros_like(y) if grad_y is None else grad_y
+    grad_final = grad_final if final_state.ndim > 1 else None
+    options = ctx.reverse, ctx.suffix, ctx.chunk_size
+    grads = ssd_scan_backward(grad_y, grad_final, *tensors, y, final_state, states, *options)
     return (
-        *(None if tensor is None else grad for tensor, grad in zip(saved, grads, strict=True)),
-        None,
-        None,
-        None,
-        None,
+        *(None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)),
+        *[None] * 5,
     )
 
 
 ssd_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _matrix_flops(x_shape, d_state: int, reverse: bool, suffix: int, chunk_size: int) -> tuple[int, int, int]:
+def matrix_flops(x_shape, d_state: int, reverse: bool, suffix: int, chunk_size: int) -> tuple[int, int, int]:
     """FLOPs of the chunks' products: C B^T (all heads at once), scores times x, and a pass over the states."""
     batch, length, heads, headdim = x_shape
-    body, tail = _chunks(length, reverse, suffix, chunk_size)
-    pairs = batch * sum((stop - start) ** 2 for start, stop in body + tail)
+    pairs = batch * sum((stop - start) ** 2 for start, stop in chunk_bounds(length, reverse, suffix, chunk_size))
     return 2 * pairs * d_state, 2 * pairs * heads * headdim, 2 * batch * length * heads * headdim * d_state
 
 
 @register_flop_formula(torch.ops.patchscale.ssd_scan)
 def _forward_flops(x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs) -> int:
-    *_, reverse, suffix, chunk_size, _ = args
-    products, inside, states = _matrix_flops(x_shape, B_shape[2], reverse, suffix, chunk_size)
+    *_, reverse, suffix, chunk_size, _, _ = args
+    products, inside, states = matrix_flops(x_shape, B_shape[2], reverse, suffix, chunk_size)
     return products + inside + 2 * states
 
 
@@ -343,7 +614,6 @@ def _forward_flops(x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, *
 def _backward_flops(
     grad_y_shape, grad_final_shape, x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs
 ) -> int:
-    # The gradient of the decays sums over pairs by a product with zeros and ones; sums are not counted.
-    *_, reverse, suffix, chunk_size, _ = args
-    products, inside, states = _matrix_flops(x_shape, B_shape[2], reverse, suffix, chunk_size)
-    return 3 * products + 2 * inside + 5 * states
+    *_, reverse, suffix, chunk_size = args
+    products, inside, states = matrix_flops(x_shape, B_shape[2], reverse, suffix, chunk_size)
+    return 3 * products + 2 * inside + 4 * states

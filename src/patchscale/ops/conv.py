@@ -1,10 +1,9 @@
 """The short causal convolution in front of the scan, with its SiLU.
 
 One pass over the tokens in blocks that stay in cache, forward and backward, so that neither direction, history nor
-suffix costs a copy of the sequence. The backward recomputes the pre-activation instead of storing it.
+suffix costs a copy of the sequence: a block is convolved together with the few tokens before it in scan order. The
+backward recomputes the pre-activation instead of storing it.
 """
-
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +11,10 @@ from torch import Tensor
 
 from patchscale.errors import UserError
 from patchscale.ops.dispatch import choose_implementation
-from patchscale.ops.reference import causal_conv1d_reference, scan_order
+from patchscale.ops.reference import causal_conv1d_reference
 
-# Elements of one block: 1 MiB in float32, found best on two cores with 2 MiB of L2 each.
+# Elements of one block: 1 MiB in float32, found best on two cores with 1 MiB of L2 each.
 _BLOCK_ELEMENTS = 262144
-# Sequences up to this length are gathered in scan order as one window: fewer, smaller steps.
-_SHORT = 32
 
 
 def causal_conv1d(
@@ -73,13 +70,16 @@ def causal_conv1d(
 @torch.library.custom_op("patchscale::causal_conv1d", mutates_args=())
 def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, history: Tensor, reverse: bool, suffix: int) -> Tensor:
     work = _work_dtype(x)
-    taps, bias = weight.t().to(work).contiguous(), bias.to(work)
+    weight, bias = weight.to(work), bias.to(work)
+    flipped = weight.flip(1)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for group, start, stop, window, block_taps in _blocks(x, taps, reverse, suffix):
-        out[group, start:stop] = F.silu(_convolve(window.to(work), block_taps, bias), inplace=True)
-    for indices, from_history, sources in _edges(x, taps, reverse, suffix):
-        window = torch.cat([history[:, from_history:], x[:, sources]], dim=1).to(work)
-        out[:, indices] = F.silu(_convolve(window, taps, bias)).to(x.dtype)
+    groups, blocks = _cut(x, reverse, suffix)
+    for group in groups:
+        before = history[group].to(x.dtype)
+        for tokens, from_right in blocks:
+            window, before = window_of(x[group, tokens], before, from_right)
+            pre = convolve(window.to(work), flipped if from_right else weight, bias)
+            out[group, tokens] = F.silu(pre, inplace=True)
     return out
 
 
@@ -93,34 +93,29 @@ def _causal_conv1d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, history: Tensor, reverse: bool, suffix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     work = _work_dtype(x)
-    taps, work_bias = weight.t().to(work).contiguous(), bias.to(work)
-    width = taps.shape[0]
-    dx = torch.zeros(x.shape, dtype=work, device=x.device)
-    dtaps, dbias = torch.zeros_like(taps), torch.zeros_like(work_bias)
-    dhistory = torch.zeros(history.shape, dtype=work, device=x.device)
-    for group, start, stop, window, block_taps in _blocks(x, taps, reverse, suffix):
-        window = window.to(work)
-        dpre = _silu_backward(grad[group, start:stop].to(work), _convolve(window, block_taps, work_bias))
-        dbias += dpre.sum((0, 1))
-        first = start if reverse else start - (width - 1)
-        length = stop - start
-        for k in range(width):
-            dx[group, first + k : first + k + length].addcmul_(dpre, block_taps[k])
-            tap = width - 1 - k if reverse else k
-            dtaps[tap] += (dpre * window[:, k : k + length]).sum((0, 1))
-    for indices, from_history, sources in _edges(x, taps, reverse, suffix):
-        window = torch.cat([history[:, from_history:], x[:, sources]], dim=1).to(work)
-        dpre = _silu_backward(grad[:, indices].to(work), _convolve(window, taps, work_bias))
-        dbias += dpre.sum((0, 1))
-        dwindow = torch.zeros_like(window)
-        length = dpre.shape[1]
-        for k in range(width):
-            dwindow[:, k : k + length].addcmul_(dpre, taps[k])
-            dtaps[k] += (dpre * window[:, k : k + length]).sum((0, 1))
-        reach = window.shape[1] - len(sources)
-        dhistory[:, from_history:] += dwindow[:, :reach]
-        dx.index_add_(1, torch.tensor(sources, device=x.device), dwindow[:, reach:])
-    return dx.to(x.dtype), dtaps.t().to(weight.dtype).contiguous(), dbias.to(bias.dtype), dhistory.to(history.dtype)
+    work_weight, work_bias = weight.to(work), bias.to(work)
+    flipped, reach = work_weight.flip(1), weight.shape[1] - 1
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dweight, dbias = torch.zeros_like(work_weight), torch.zeros_like(work_bias)
+    dhistory = torch.zeros(history.shape, dtype=history.dtype, device=x.device)
+    groups, blocks = _cut(x, reverse, suffix)
+    for group in groups:
+        befores = [history[group].to(x.dtype)]
+        for tokens, from_right in blocks:
+            befores.append(tokens_before_next(x[group, tokens], befores[-1], from_right))
+        dafter = torch.zeros_like(befores[0], dtype=work)
+        for i in reversed(range(len(blocks))):
+            tokens, from_right = blocks[i]
+            window = window_of(x[group, tokens], befores[i], from_right)[0].to(work)
+            taps = flipped if from_right else work_weight
+            dpre = torch.ops.aten.silu_backward(grad[group, tokens].to(work), convolve(window, taps, work_bias))
+            dwindow, dtaps, dblock_bias = convolve_backward(dpre, window, taps)
+            dweight += dtaps.flip(1) if from_right else dtaps
+            dbias += dblock_bias
+            dblock, dafter = gradients_of_window(dwindow, dafter, from_right)
+            dx[group, tokens] = dblock
+        dhistory[group] = dafter
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dhistory
 
 
 @_causal_conv1d_backward.register_fake
@@ -151,50 +146,77 @@ def _work_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _blocks(x: Tensor, taps: Tensor, reverse: bool, suffix: int) -> Iterator[tuple[slice, int, int, Tensor, Tensor]]:
-    """(samples, start, stop, window, taps in memory order) of the outputs whose whole window is in ``x``, by blocks."""
+def _cut(x: Tensor, reverse: bool, suffix: int) -> tuple[list[slice], list[tuple[slice, bool]]]:
+    """Groups of samples, and blocks of tokens in scan order with whether they are scanned from the right."""
     batch, length, channels = x.shape
-    if length <= _SHORT:
-        return
-    reach = taps.shape[0] - 1
+    size = max(16, _BLOCK_ELEMENTS // channels)
     body = length - suffix if reverse else length
-    first, last = (0, body - reach) if reverse else (reach, body)
-    taps = taps.flip(0) if reverse else taps
-    tokens = max(16, min(last - first, _BLOCK_ELEMENTS // channels))
-    samples = max(1, _BLOCK_ELEMENTS // (tokens * channels))
-    for sample in range(0, batch, samples):
-        group = slice(sample, min(sample + samples, batch))
-        for start in range(first, last, tokens):
-            stop = min(start + tokens, last)
-            window = x[group, start : stop + reach] if reverse else x[group, start - reach : stop]
-            yield group, start, stop, window, taps
+    blocks = [(slice(s, min(s + size, body)), reverse) for s in range(0, body, size)]
+    if reverse:
+        blocks.reverse()
+    blocks += [(slice(s, min(s + size, length)), False) for s in range(body, length, size)]
+    samples = max(1, size // max(1, length))
+    return [slice(s, min(s + samples, batch)) for s in range(0, batch, samples)], blocks
 
 
-def _edges(x: Tensor, taps: Tensor, reverse: bool, suffix: int) -> Iterator[tuple[list[int], int, list[int]]]:
-    """(outputs, first history entry, tokens of ``x``) of the outputs whose window is not one slice of ``x``.
+def window_of(block: Tensor, before: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """What the convolution of a block reads, as tokens stand, and the tokens before the next block, in scan order.
 
-    These are the first tokens in scan order and, scanning from the right, the suffix; in a short sequence, all. Each
-    window is given in scan order: the history from some entry on, then tokens of ``x``.
+    ``before`` (batch, width - 1, channels) are the tokens before this block, in scan order.
     """
-    length, reach = x.shape[1], taps.shape[0] - 1
-    body = length - suffix if reverse else length
-    order = scan_order(length, reverse, suffix)
-    if length <= _SHORT:
-        spans = [(0, length)]
-    else:
-        spans = [(0, min(body, reach))] + ([(body, length)] if reverse and suffix else [])
-    for start, stop in spans:
-        yield order[start:stop], min(start, reach), order[max(0, start - reach) : stop]
+    reach = before.shape[1]
+    if reverse:
+        window = torch.cat([block, before.flip(1)], 1)
+        return window, window[:, :reach].flip(1)
+    window = torch.cat([before, block], 1)
+    return window, window[:, window.shape[1] - reach :]
 
 
-def _convolve(window: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    """(batch, n + width - 1, channels) -> (batch, n, channels)."""
-    length = window.shape[1] - taps.shape[0] + 1
+def tokens_before_next(block: Tensor, before: Tensor, reverse: bool) -> Tensor:
+    """The second result of :func:`window_of`, without its first."""
+    reach = before.shape[1]
+    if block.shape[1] < reach:
+        return window_of(block, before, reverse)[1]
+    return block[:, :reach].flip(1) if reverse else block[:, block.shape[1] - reach :]
+
+
+def gradients_of_window(dwindow: Tensor, dafter: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of a block and of the tokens before it, from those of its window and of the tokens before the next."""
+    reach, total = dafter.shape[1], dwindow.shape[1]
+    if reverse:
+        dwindow[:, :reach] += dafter.flip(1)
+        return dwindow[:, : total - reach], dwindow[:, total - reach :].flip(1)
+    dwindow[:, total - reach :] += dafter
+    return dwindow[:, reach:], dwindow[:, :reach].clone()
+
+
+def convolve(window: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """(batch, n + width - 1, channels), (channels, width) -> (batch, n, channels), by memory order."""
+    if _library_is_faster(window):
+        image, kernel = window.transpose(1, 2)[:, :, None], taps[:, None, None]
+        return F.conv2d(image, kernel, bias, groups=taps.shape[0]).squeeze(2).transpose(1, 2)
+    length, taps = window.shape[1] - taps.shape[1] + 1, taps.t().contiguous()
     out = torch.addcmul(bias, window[:, :length], taps[0])
     for k in range(1, taps.shape[0]):
         out.addcmul_(window[:, k : k + length], taps[k])
     return out
 
 
-def _silu_backward(grad: Tensor, pre: Tensor) -> Tensor:
-    return torch.ops.aten.silu_backward(grad, pre)
+def convolve_backward(dout: Tensor, window: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the window, the taps and the bias of :func:`convolve`."""
+    length, width = dout.shape[1], taps.shape[1]
+    rows = taps.t().contiguous()
+    dwindow = torch.zeros_like(window)
+    dtaps = torch.empty_like(rows)
+    product = torch.empty_like(dout)
+    for k in range(width):
+        dwindow[:, k : k + length].addcmul_(dout, rows[k])
+        torch.mul(dout, window[:, k : k + length], out=product)
+        dtaps[k] = product.sum((0, 1))
+    return dwindow, dtaps.t(), dout.sum((0, 1))
+
+
+def _library_is_faster(window: Tensor) -> bool:
+    """oneDNN's depthwise kernel reads a window once; for a few tokens its call costs more than it saves."""
+    few = window.shape[0] * window.shape[1] < 128
+    return window.device.type == "cpu" and window.dtype == torch.float32 and not few and torch.backends.mkldnn.is_available()

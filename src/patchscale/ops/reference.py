@@ -60,3 +60,31 @@ def causal_conv1d_reference(
         seen.append(x[:, t].to(work))
         y[t] = F.silu(bias + sum(weight[:, k] * seen[k - width] for k in range(width)))
     return torch.stack(y, dim=1).to(x.dtype)
+
+
+def mix_tokens_reference(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    history: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    reverse: bool = False,
+    suffix: int = 0,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """A Mamba-2 mixer between its projections; arguments as :func:`patchscale.ops.mix_tokens`."""
+    d_inner, heads = norm_weight.shape[0], A.shape[0]
+    d_state = (conv_weight.shape[0] - d_inner) // 2
+    work = torch.promote_types(projected.dtype, torch.float32)
+    z, xBC, dt = projected.to(work).split([d_inner, conv_weight.shape[0], heads], dim=-1)
+    xBC = causal_conv1d_reference(xBC, conv_weight, conv_bias, history, reverse, suffix)
+    x, B, C = xBC.split([d_inner, d_state, d_state], dim=-1)
+    x = x.unflatten(-1, (heads, d_inner // heads))
+    y, state = ssd_scan_reference(x, F.softplus(dt + dt_bias), A, B, C, D, initial_state, reverse, suffix)
+    gated = y.flatten(2) * F.silu(z)
+    scale = torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + eps)
+    return (gated * scale * norm_weight).to(projected.dtype), state

@@ -1,5 +1,6 @@
 """The state-space-dual scan of Mamba-2 (arXiv 2405.21060), for one B and C shared by all heads."""
 
+import torch
 from torch import Tensor
 
 from patchscale.errors import UserError
@@ -70,8 +71,15 @@ def ssd_scan(
     if choose_implementation(implementation, x.device).implementation == "reference":
         y, state = ssd_scan_reference(x, dt, A, B, C, D, initial_state, reverse, suffix)
     else:
-        chunk_size = chunk_size or chunked.DEFAULT_CHUNK_SIZE
-        y, state = chunked.ssd_scan(x, dt, A, B, C, D, initial_state, reverse, suffix, chunk_size, final_state)
+        differentiated = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, dt, A, B, C, initial_state)
+        )
+        chunk_size = chunk_size or chunked.default_chunk_size(length)
+        y, state, _ = chunked.ssd_scan(
+            x, dt, A, B, C, initial_state, reverse, suffix, chunk_size, final_state, differentiated
+        )
+        if D is not None:
+            y = torch.addcmul(y, x, D[:, None]).to(x.dtype)
     return y, state if final_state else None
 
 
