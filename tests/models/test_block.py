@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from patchscale import UserError
 from patchscale.models.block import CONV_WIDTH, Block, Mamba2Mixer, SwiGLU
-from patchscale.ops import ssd_scan
+from patchscale.ops import mix_tokens
 from patchscale.ops.reference import causal_conv1d_reference, ssd_scan_reference
 
 
@@ -73,18 +73,16 @@ def test_every_token_sees_every_other_through_the_mean():
 def test_mixer_under_autocast_keeps_steps_and_decays_in_float32(monkeypatch):
     seen = {}
 
-    def spy(x, dt, A, B, *rest, **options):
-        seen.update(x=x.dtype, dt=dt.dtype, A=A.dtype, B=B.dtype, initial_state=options["initial_state"].dtype)
-        return ssd_scan(x, dt, A, B, *rest, **options)
+    def spy(projected, conv_weight, conv_bias, dt_bias, A, *rest, **options):
+        seen.update(projected=projected.dtype, A=A.dtype, initial_state=options["initial_state"].dtype)
+        return mix_tokens(projected, conv_weight, conv_bias, dt_bias, A, *rest, **options)
 
-    monkeypatch.setattr("patchscale.models.block.ssd_scan", spy)
+    monkeypatch.setattr("patchscale.models.block.mix_tokens", spy)
     with torch.autocast("cpu", torch.bfloat16):
         out = Mamba2Mixer(32)(torch.randn(2, 10, 32))
     assert seen == {
-        "x": torch.bfloat16,
-        "dt": torch.float32,
+        "projected": torch.bfloat16,
         "A": torch.float32,
-        "B": torch.bfloat16,
         "initial_state": torch.float32,
     }
     assert out.dtype == torch.bfloat16

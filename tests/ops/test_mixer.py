@@ -153,9 +153,7 @@ def test_gradient_of_one_output_alone(used, assert_near):
 
 # Steps of 0.001, 1 and 30 a token: heads within a chunk's factors, beyond them, and a mix of both.
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(
-    "rates", [[0.001, 0.001, 0.001], [30.0, 30.0, 30.0], [0.01, 1.0, 30.0], [0.9, 1.0, 1.1]]
-)
+@pytest.mark.parametrize("rates", [[0.001, 0.001, 0.001], [30.0, 30.0, 30.0], [0.01, 1.0, 30.0], [0.9, 1.0, 1.1]])
 def test_strong_and_weak_decay(rates, reverse, assert_near):
     inputs = draw(197, dtype=torch.float32)
     inputs["A"] = -torch.tensor(rates)

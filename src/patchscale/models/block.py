@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from patchscale.errors import UserError
 from patchscale.ops import mix_tokens
+from patchscale.ops.conv import tokens_before_next
 
 CONV_WIDTH = 4
 MLP_RATIO = 2.5
@@ -90,7 +91,7 @@ class Mamba2Mixer(nn.Module):
 
     def _mix(
         self, projected: Tensor, history: Tensor, state: Tensor, reverse: bool, suffix: int = 0, final: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Any]:
         return mix_tokens(
             projected,
             self.conv1d.weight.squeeze(1),
@@ -119,7 +120,7 @@ class Mamba2Mixer(nn.Module):
                 mixed, group_state = self._mix(projected, before, group_state, reverse, final=True)
                 out[group, start:stop] = self.out_proj(mixed)
                 xBC = projected[..., self.d_inner : self.d_inner + self.conv_dim]
-                before = torch.cat([before, xBC.flip(1) if reverse else xBC], 1)[:, 1 - CONV_WIDTH :]
+                before = tokens_before_next(xBC, before, reverse)
         return out
 
 

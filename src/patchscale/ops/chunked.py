@@ -33,14 +33,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from patchscale.ops import pairwise
 
+# Longer chunks move fewer states, but compute more, and more heads decay too strongly in one for factors.
+DEFAULT_CHUNK_SIZE = 64
 
-def default_chunk_size(length: int) -> int:
-    """Tokens per chunk: longer chunks move fewer states, and compute more. Measured on two cores."""
-    return 128 if length >= 1024 else 64
-
-
-# Elements of x in a block: 512 KiB in float32, found best on two cores with 2 MiB of L2 each.
-_BLOCK_ELEMENTS = 131072
+# Elements of x in a block: 1 MiB in float32, found best on two cores with 1 MiB of L2 each.
+_BLOCK_ELEMENTS = 262144
 
 
 class Block(NamedTuple):
@@ -149,7 +146,7 @@ def chunk_bounds(length: int, reverse: bool, suffix: int, chunk_size: int) -> li
 
 
 def cut(x: Tensor, heads: int, headdim: int, reverse: bool, suffix: int, chunk_size: int) -> tuple[Plan, list[slice]]:
-    """The plan of (batch, length, ...) tokens, and the groups of samples: so many that a block of them fits the cache."""
+    """The plan of (batch, length, ...) tokens, and groups of samples: so many that a block of them fits the cache."""
     batch, length = x.shape[:2]
     chunk_elements = max(1, min(chunk_size, length) * heads * headdim)
     samples = max(1, _BLOCK_ELEMENTS // chunk_elements)
@@ -191,6 +188,19 @@ class _Buffers:
         self.back_mixing = torch.empty_like(self.flat_mixing)
 
 
+class _Strong:
+    """Chunks computed pair by pair, and how their states are passed on; all but ``chunks`` by (b, k)."""
+
+    def __init__(self, chunks: pairwise.Chunks, number: int, to_next: Tensor) -> None:
+        self.chunks, self.number, self.to_next = chunks, number, to_next
+        self.written = chunks.written().unflatten(0, (-1, number))
+        self.whole = chunks.whole.unflatten(0, (-1, number))
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """(b k, h, Q, ...) -> (b, k Q, h, ...)."""
+        return values.transpose(1, 2).unflatten(0, (-1, self.number)).flatten(1, 2)
+
+
 class Scan:
     """The scan of a group of samples, block by block in scan order; then, for gradients, back again."""
 
@@ -220,7 +230,8 @@ class Scan:
         self.to_next = padded_middle[:, following].exp().to(dt.dtype)  # (b, chunks, h): from H to G of the next chunk
         self.to_first = padded_middle[:, plan.first].exp().to(dt.dtype)  # (b, h)
         passed_on = self.total - middle + padded_middle[:, following]
-        self.pass_on = passed_on.clamp_(min=log_floor(dt.dtype)).exp_().to(dt.dtype)  # (b, chunks, h)
+        floor = 0.9 * math.log(torch.finfo(dt.dtype).tiny)
+        self.pass_on = passed_on.clamp_(min=floor).exp_().to(dt.dtype)  # (b, chunks, h)
         from_middle = self.cs - middle[:, plan.chunk_of]
         if any_strong:
             hidden = strong[plan.chunk_of]  # (length, h)
@@ -252,7 +263,7 @@ class Scan:
         """
         block = self.plan.blocks[i]
         buffers = self._prepare(block, x, B, C)
-        strong = self._pairwise_chunks(i, x, B, C)
+        strong = self._strong_chunks(i, x, buffers)
         order = list(block.in_scan_order)
         if self.state.data_ptr() != buffers.states[order[0]].data_ptr():
             buffers.states[order[0]].copy_(self.state)
@@ -262,9 +273,9 @@ class Scan:
             states.copy_(buffers.rows[:, :, : self.d_state])
         torch.bmm(buffers.flat_mixing, buffers.flat_rows, out=buffers.y)
         torch.mul(buffers.y.view(x.shape), self.read[:, block.tokens], out=y)
-        for j, chunk in enumerate(strong):
-            output = chunk.output(self._strong_heads(buffers.states[j], i))
-            y.unflatten(1, (block.chunks, -1))[:, j, :, self.strong[i]] = output.transpose(1, 2).to(y.dtype)
+        if strong is not None:
+            output = strong.chunks.output(self._strong_heads(buffers.rows[:, :, : self.d_state], i).flatten(0, 1))
+            y[:, :, self.strong[i]] = strong.by_token(output).to(y.dtype)
         self.state = buffers.states[order[-1]]
         if pass_on:
             self._pass_on(i, order[-1], buffers, strong, self.state)
@@ -285,49 +296,46 @@ class Scan:
         torch.mul(x.unflatten(1, by_chunk), write, out=buffers.written.unflatten(3, self.heads))
         return buffers
 
-    def _pass_on(self, i: int, j: int, buffers: "_Buffers", strong: list[pairwise.Chunk], target: Tensor) -> None:
+    def _pass_on(self, i: int, j: int, buffers: "_Buffers", strong: "_Strong | None", target: Tensor) -> None:
         """G' after chunk j of block i, to ``target``, which may be where G is."""
         before, number = buffers.states[j], self.plan.blocks[i].first + j
-        after = strong[j].next_state(self._strong_heads(before, i)) if strong else None
+        if strong is not None:
+            after = strong.written[:, j].addcmul(strong.whole[:, j], self._strong_heads(before, i))
         torch.baddbmm(before, buffers.B_by_chunk[j], buffers.written_by_chunk[j], out=target)
         self._by_head(target).mul_(self.pass_on[:, number, None, :, None])
-        if after is not None:
-            self._set_strong_heads(target, i, after * self._strong_to_next(i, j))
+        if strong is not None:
+            self._set_strong_heads(target, i, after.mul_(strong.to_next[:, j]))
 
     def _by_head(self, state: Tensor) -> Tensor:
-        return state.unflatten(2, self.heads)
+        return state.unflatten(-1, self.heads)
 
-    def _pairwise_chunks(self, i: int, x: Tensor, B: Tensor, C: Tensor) -> list[pairwise.Chunk]:
-        """The chunks of block i, with the heads that decay too strongly for factors; empty if none does."""
+    def _strong_chunks(self, i: int, x: Tensor, buffers: "_Buffers") -> "_Strong | None":
+        """The chunks of block i, with the heads that decay too strongly for factors; None if none does."""
         block, heads = self.plan.blocks[i], self.strong[i]
         if heads is None:
-            return []
-        size = (block.stop - block.start) // block.chunks
-        chunks = []
-        for j in range(block.chunks):
-            here, tokens = slice(j * size, (j + 1) * size), slice(block.start + j * size, block.start + (j + 1) * size)
-            chunks.append(
-                pairwise.Chunk(
-                    x[:, here, heads].transpose(1, 2),
-                    self.dt[:, tokens, heads].transpose(1, 2),
-                    self.cs[:, tokens, heads].transpose(1, 2),
-                    self.total[:, block.first + j, heads, None],
-                    B[:, here],
-                    C[:, here],
-                    block.seen,
-                )
-            )
-        return chunks
+            return None
+
+        def by_head(values: Tensor) -> Tensor:
+            """(b, k Q, h, ...) -> (b k, strong heads, Q, ...)."""
+            return values.unflatten(1, (block.chunks, -1)).flatten(0, 1)[:, :, heads].transpose(1, 2)
+
+        chunks = pairwise.Chunks(
+            by_head(x),
+            by_head(self.dt[:, block.tokens]),
+            by_head(self.cs[:, block.tokens]),
+            buffers.flat_B,
+            buffers.flat_C,
+            buffers.flat_products,
+            block.seen,
+        )
+        return _Strong(chunks, block.chunks, self.to_next[:, block.numbers, heads, None, None])
 
     def _strong_heads(self, state: Tensor, i: int) -> Tensor:
-        """(b, n, h p) -> (b, strong heads, p, n), a copy; the middle of their decays is 0, so that G is H."""
-        return self._by_head(state)[:, :, self.strong[i]].permute(0, 2, 3, 1)
+        """(..., n, h p) -> (..., strong heads, p, n), a copy; the middle of their decays is 0, so that G is H."""
+        return self._by_head(state)[..., self.strong[i], :].movedim(-3, -1)
 
     def _set_strong_heads(self, state: Tensor, i: int, value: Tensor) -> None:
         self._by_head(state)[:, :, self.strong[i]] = value.permute(0, 3, 1, 2)
-
-    def _strong_to_next(self, i: int, j: int) -> Tensor:
-        return self.to_next[:, self.plan.blocks[i].first + j, self.strong[i], None, None]
 
     def begin_backward(self, grad_final: Tensor | None) -> None:
         """grad_final: (b, h, p, n), or None if nothing depends on the final state."""
@@ -359,19 +367,19 @@ class Scan:
         by_chunk = block.chunks, (block.stop - block.start) // block.chunks
         if not hasattr(buffers, "grad_rows"):
             buffers.add_gradients()
-        strong = self._pairwise_chunks(i, x, B, C)
-        strong_gradients: list = [None] * block.chunks
-        read = self.read[:, block.tokens].unflatten(1, by_chunk)
-        dy_by_chunk = dy.unflatten(1, by_chunk)
-        torch.mul(dy_by_chunk, read, out=buffers.grad_read.unflatten(3, self.heads))
+        strong = self._strong_chunks(i, x, buffers)
+        if strong is not None:
+            strong_dy = dy[:, :, self.strong[i]].unflatten(1, by_chunk).flatten(0, 1).transpose(1, 2)
+            read = strong.chunks.gradient_of_state_read(strong_dy).unflatten(0, (-1, block.chunks))
+            strong_dstates = torch.empty_like(read)  # of the states after the chunks
+        factor = self.read[:, block.tokens].unflatten(1, by_chunk)
+        torch.mul(dy.unflatten(1, by_chunk), factor, out=buffers.grad_read.unflatten(3, self.heads))
 
         # From the last chunk to the first: the gradient of the state. That of a factor is its share of all exponents.
         dtotal = self.dt.new_zeros(self.dt.shape[0], block.chunks, self.heads[0])
         for j in reversed(block.in_scan_order):
-            if strong:
-                state, dstate = self._strong_heads(states[:, j], i), self._strong_heads(self.grad_state, i)
-                dy_strong = dy_by_chunk[:, j, :, self.strong[i]].transpose(1, 2)
-                strong_gradients[j] = strong[j].backward(state, dy_strong, dstate * self._strong_to_next(i, j))
+            if strong is not None:
+                torch.mul(self._strong_heads(self.grad_state, i), strong.to_next[:, j], out=strong_dstates[:, j])
             if next_state is not None:
                 torch.mul(self.grad_state, next_state, out=buffers.spare_state)
                 dtotal[:, j] = buffers.spare_state.sum(1).unflatten(1, self.heads).sum(2)
@@ -380,12 +388,13 @@ class Scan:
             torch.baddbmm(
                 buffers.grad_states[j], buffers.C_by_chunk[j], buffers.grad_read_by_chunk[j], out=self.grad_state
             )
-            if strong:
-                self._set_strong_heads(self.grad_state, i, strong_gradients[j][-1])
+            if strong is not None:
+                dstate = read[:, j].addcmul(strong_dstates[:, j], strong.whole[:, j])
+                self._set_strong_heads(self.grad_state, i, dstate)
             next_state = states[:, j]
 
-        # dM = dP X'^T, dC = dP G^T + dM B and dB = X' dG^T + dM^T C, summed over heads by the product itself; all in one,
-        # with dG G^T for nothing: libraries are slow at narrow products of this kind.
+        # dM = dP X'^T, dC = dP G^T + dM B and dB = X' dG^T + dM^T C, summed over heads by the product itself; all in
+        # one, with dG G^T for nothing: libraries are slow at narrow products of this kind.
         buffers.rows[:, :, :n] = states
         gram = torch.bmm(buffers.flat_grad_rows, buffers.flat_rows.transpose(1, 2), out=buffers.gram)
         dproducts = gram[:, n:, n:].mul_(block.seen)
@@ -410,19 +419,21 @@ class Scan:
         dlog_decay = block.seen.t().to(self.cs.dtype) @ dcs.to(self.cs.dtype).unflatten(1, by_chunk)
         dlog_decay = dlog_decay.add_(dtotal[:, :, None]).to(self.dt.dtype)
 
-        dB, dC = dB.unflatten(0, (-1, block.chunks)), dC.unflatten(0, (-1, block.chunks))
-        ddt = ddt.unflatten(1, by_chunk)
-        for j, chunk in enumerate(strong):
-            dxdt, strong_dlog, strong_dB, strong_dC, _ = strong_gradients[j]
+        dlog_decay = dlog_decay.flatten(1, 2)
+        if strong is not None:
             heads = self.strong[i]
-            dx.unflatten(1, by_chunk)[:, j, :, heads] = (dxdt * chunk.dt[..., None]).transpose(1, 2).to(dx.dtype)
-            ddt[:, j, :, heads] = (dxdt * chunk.x).sum(3).transpose(1, 2)
-            dlog_decay[:, j, :, heads] = strong_dlog.transpose(1, 2)
-            dB[:, j] += strong_dB
-            dC[:, j] += strong_dC
-        self.grad_dt[:, block.tokens] = ddt.flatten(1, 2)
-        self.grad_log_decay[:, block.tokens] = dlog_decay.flatten(1, 2)
-        return dB.flatten(1, 2), dC.flatten(1, 2)
+            state = self._strong_heads(states, i).flatten(0, 1)
+            dxdt, strong_dlog, strong_dB, strong_dC = strong.chunks.backward(
+                state, strong_dy, strong_dstates.flatten(0, 1)
+            )
+            dx[:, :, heads] = strong.by_token(dxdt * strong.chunks.dt[..., None]).to(dx.dtype)
+            ddt[:, :, heads] = strong.by_token((dxdt * strong.chunks.x).sum(3))
+            dlog_decay[:, :, heads] = strong.by_token(strong_dlog)
+            dB += strong_dB
+            dC += strong_dC
+        self.grad_dt[:, block.tokens] = ddt
+        self.grad_log_decay[:, block.tokens] = dlog_decay
+        return tuple(d.unflatten(0, (-1, block.chunks)).flatten(1, 2) for d in (dB, dC))
 
     def end_backward(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of dt, (b, length, h), of A, (h,), and of the initial state, (b, h, p, n)."""
@@ -434,7 +445,9 @@ class Scan:
 
 def _sum_last(product: Tensor) -> Tensor:
     """Sum over the last dimension, as a matrix product: twice as fast as a sum on a CPU."""
-    return torch.mv(product.reshape(-1, product.shape[-1]), product.new_ones(product.shape[-1])).view(product.shape[:-1])
+    return torch.mv(product.reshape(-1, product.shape[-1]), product.new_ones(product.shape[-1])).view(
+        product.shape[:-1]
+    )
 
 
 def _factor_range(size: int, dtype: torch.dtype) -> float:
@@ -444,11 +457,6 @@ def _factor_range(size: int, dtype: torch.dtype) -> float:
     numbers that know nothing of that decay, and loses as many digits as it has: hence no more than 8 a token.
     """
     return min(0.7 * math.log(torch.finfo(dtype).max), 8.0 * size)
-
-
-def log_floor(dtype: torch.dtype) -> float:
-    """Decays below this, 1e-34 in float32, are held there: subnormal numbers are nothing but slow."""
-    return 0.9 * math.log(torch.finfo(dtype).tiny)
 
 
 @torch.library.custom_op("patchscale::ssd_scan", mutates_args=())
@@ -582,7 +590,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_y, grad_final, grad_states):
-    tensors, (y, final_state, states) = ctx.saved_tensors[:-3], ctx.saved_tensors[-3:]
+    *tensors, y, final_state, states = ctx.saved_tensors
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
     grad_final = grad_final if final_state.ndim > 1 else None
     options = ctx.reverse, ctx.suffix, ctx.chunk_size

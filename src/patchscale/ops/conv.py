@@ -94,7 +94,7 @@ def _causal_conv1d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     work = _work_dtype(x)
     work_weight, work_bias = weight.to(work), bias.to(work)
-    flipped, reach = work_weight.flip(1), weight.shape[1] - 1
+    flipped = work_weight.flip(1)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dweight, dbias = torch.zeros_like(work_weight), torch.zeros_like(work_bias)
     dhistory = torch.zeros(history.shape, dtype=history.dtype, device=x.device)
@@ -219,4 +219,9 @@ def convolve_backward(dout: Tensor, window: Tensor, taps: Tensor) -> tuple[Tenso
 def _library_is_faster(window: Tensor) -> bool:
     """oneDNN's depthwise kernel reads a window once; for a few tokens its call costs more than it saves."""
     few = window.shape[0] * window.shape[1] < 128
-    return window.device.type == "cpu" and window.dtype == torch.float32 and not few and torch.backends.mkldnn.is_available()
+    return (
+        window.device.type == "cpu"
+        and window.dtype == torch.float32
+        and not few
+        and torch.backends.mkldnn.is_available()
+    )

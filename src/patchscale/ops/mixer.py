@@ -34,7 +34,7 @@ def mix_tokens(
     final_state: bool = False,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What a Mamba-2 mixer does between in_proj and out_proj (arXiv 2405.21060, section 7, with the norm after the gate).
+    """What a Mamba-2 mixer does between in_proj and out_proj (arXiv 2405.21060, section 7; the norm follows the gate).
 
     ``x, B, C = split(silu(causal_conv1d(xBC)))``, ``y = ssd_scan(x, softplus(dt + dt_bias), A, B, C, D)``,
     ``rms_norm(y * silu(z)) * norm_weight``. Scan order is left to right, or right to left with ``reverse``; the last
@@ -93,8 +93,9 @@ def mix_tokens(
         out, state = mix_tokens_reference(*tensors, reverse, suffix, eps)
     else:
         differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        chunk_size = chunked.default_chunk_size(length)
-        out, state, _, _ = _mix_tokens(*tensors, reverse, suffix, eps, chunk_size, final_state, differentiated)
+        out, state, _, _ = _mix_tokens(
+            *tensors, reverse, suffix, eps, chunked.DEFAULT_CHUNK_SIZE, final_state, differentiated
+        )
     return out, state if final_state else None
 
 
@@ -123,7 +124,8 @@ def _mix_tokens(
     plan, groups = chunked.cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size)
     out = projected.new_empty(batch, length, sizes.d_inner)
     final_state, ys, states = (
-        projected.new_empty(shape, dtype=work) for shape in _kept_shapes(projected, sizes, plan.chunks, want_final, keep)
+        projected.new_empty(shape, dtype=work)
+        for shape in _kept_shapes(projected, sizes, plan.chunks, want_final, keep)
     )
     with torch.autocast(projected.device.type, enabled=False):
         stream = _Stream(sizes, conv_weight, conv_bias, dt_bias, A, D, norm_weight, eps, work)
@@ -179,7 +181,18 @@ def _kept_shapes(projected: Tensor, sizes: _Sizes, chunks: int, want_final: bool
 class _Stream:
     """The parts of a mixer that work on one block of tokens, in the working precision."""
 
-    def __init__(self, sizes, conv_weight, conv_bias, dt_bias, A, D, norm_weight, eps: float, work: torch.dtype) -> None:
+    def __init__(
+        self,
+        sizes: _Sizes,
+        conv_weight: Tensor,
+        conv_bias: Tensor,
+        dt_bias: Tensor,
+        A: Tensor,
+        D: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        work: torch.dtype,
+    ) -> None:
         self.sizes, self.eps = sizes, eps
         self.taps = conv_weight.to(work)
         self.flipped_taps = self.taps.flip(1)
@@ -188,11 +201,11 @@ class _Stream:
         self.D = D.to(work)
         self.rooms: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def room(self, name: str, tokens: tuple[int, ...]) -> Tensor:
-        """(*tokens, d_inner), the same memory whenever asked: memory that was just in use is in the cache."""
+    def room(self, name: str, tokens: tuple[int, ...], channels: int | None = None) -> Tensor:
+        """(*tokens, d_inner or channels), the same memory whenever asked: what was just in use is in the cache."""
         key = (name, tuple(tokens))
         if key not in self.rooms:
-            self.rooms[key] = self.norm_weight.new_empty(*tokens, self.sizes.d_inner)
+            self.rooms[key] = self.norm_weight.new_empty(*tokens, channels or self.sizes.d_inner)
         return self.rooms[key]
 
     def step_sizes(self, dt: Tensor) -> Tensor:
@@ -208,17 +221,14 @@ class _Stream:
 
     def gate(self, y: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """With the skip y + D x: silu(z), its product with silu(z), and one over that product's root mean square."""
-        silu = self.room("silu", y.shape[:2])
-        torch.ops.aten.silu.out(z.to(self.D.dtype), out=silu)
+        silu = torch.ops.aten.silu.out(self.room("z", y.shape[:2]).copy_(z), out=self.room("silu", y.shape[:2]))
         gated = self.room("gated", y.shape[:2])
         torch.addcmul(y.view(x.shape), x, self.D[:, None], out=gated.view(x.shape))
         gated.mul_(silu)
         norm = torch.linalg.vector_norm(gated, dim=-1, keepdim=True)
         return silu, gated, norm.square_().div_(self.sizes.d_inner).add_(self.eps).rsqrt_()
 
-    def gate_backward(
-        self, dout: Tensor, y: Tensor, x: Tensor, z: Tensor, dz: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def gate_backward(self, dout: Tensor, y: Tensor, x: Tensor, z: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
         """Write the gradient of z; returns those of y, the skip included, and of norm_weight."""
         silu, gated, scale = self.gate(y, x, z)
         products = torch.mul(dout, gated, out=self.room("products", y.shape[:2])).flatten(0, 1)
@@ -228,10 +238,7 @@ class _Stream:
         dgated.addcmul_(gated, along)
         skipped = torch.addcmul(y.view(x.shape), x, self.D[:, None], out=gated.view(x.shape)).view(y.shape)
         dsilu = skipped.mul_(dgated)
-        if dz.dtype == dsilu.dtype:
-            torch.ops.aten.silu_backward.grad_input(dsilu, z, grad_input=dz)
-        else:
-            dz.copy_(torch.ops.aten.silu_backward(dsilu, z.to(dsilu.dtype)))
+        dz.copy_(torch.ops.aten.silu_backward.grad_input(dsilu, self.room("z", y.shape[:2]), grad_input=dsilu))
         return dgated.mul_(silu), dnorm_weight
 
 
@@ -272,12 +279,15 @@ def _mix_tokens_backward(
     sizes, work = _Sizes(conv_weight, A, norm_weight), chunked.work_dtype(projected)
     plan, groups = chunked.cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size)
     dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
-    zeros = {"dtype": work, "device": projected.device}
-    dtaps, dconv_bias = torch.zeros(conv_weight.shape, **zeros), torch.zeros(sizes.conv_dim, **zeros)
-    ddt_bias, dA = torch.zeros(sizes.heads, **zeros), torch.zeros(sizes.heads, **zeros)
-    dnorm_weight, dD = torch.zeros(sizes.d_inner, **zeros), torch.zeros(sizes.d_inner, **zeros)
-    dhistory = torch.zeros(batch, sizes.width - 1, sizes.conv_dim, **zeros)
-    dinitial = torch.zeros(batch, sizes.heads, sizes.headdim, sizes.d_state, **zeros)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=work, device=projected.device)
+
+    dtaps, dconv_bias = zeros(sizes.conv_dim, sizes.width), zeros(sizes.conv_dim)
+    ddt_bias, dA = zeros(sizes.heads), zeros(sizes.heads)
+    dnorm_weight, dD = zeros(sizes.d_inner), zeros(sizes.d_inner)
+    dhistory = zeros(batch, sizes.width - 1, sizes.conv_dim)
+    dinitial = zeros(batch, sizes.heads, sizes.headdim, sizes.d_state)
     with torch.autocast(projected.device.type, enabled=False):
         stream = _Stream(sizes, conv_weight, conv_bias, dt_bias, A, D, norm_weight, eps, work)
         for group in groups:
@@ -288,17 +298,20 @@ def _mix_tokens_backward(
             befores = [stream.history(history, group, xBC)]
             for block in plan.blocks:
                 befores.append(tokens_before_next(xBC[:, block.tokens], befores[-1], block.reverse))
-            dafter = torch.zeros_like(befores[0], dtype=work)  # of a block's last tokens, from the next one's convolution
+            dafter = torch.zeros_like(
+                befores[0], dtype=work
+            )  # of a block's last tokens, from the next one's convolution
             next_state = None if grad_final is None else final_state[group].permute(0, 3, 1, 2).flatten(2)
             for i in reversed(range(len(plan.blocks))):
                 block = plan.blocks[i]
                 window = window_of(xBC[:, block.tokens], befores[i], block.reverse)[0].to(work)
                 pre = stream.convolve(window, block.reverse)
-                x, B, C = sizes.split_conv(F.silu(pre))
+                rooms = [stream.room(name, pre.shape[:2], sizes.conv_dim) for name in ("act", "dact")]
+                x, B, C = sizes.split_conv(torch.ops.aten.silu.out(pre, out=rooms[0]))
                 y, dout = ys[group, block.tokens], grad_out[group, block.tokens].to(work)
                 dy, dweight = stream.gate_backward(dout, y, x, z[:, block.tokens], dz[:, block.tokens])
                 dnorm_weight += dweight
-                dact = torch.empty_like(pre)
+                dact = rooms[1]
                 dx, dB, dC = sizes.split_conv(dact)
                 dy, y = dy.view(x.shape), y.unflatten(2, sizes.by_head)
                 block_states = states[group, block.numbers]
@@ -307,7 +320,12 @@ def _mix_tokens_backward(
                     gradient.copy_(value)
                 next_state = block_states[:, block.in_scan_order[0]]
                 dx.addcmul_(dy, stream.D[:, None])
-                dD += torch.mul(dy, x, out=stream.room("silu", dout.shape[:2]).view(x.shape)).flatten(0, 1).flatten(1).sum(0)
+                dD += (
+                    torch.mul(dy, x, out=stream.room("silu", dout.shape[:2]).view(x.shape))
+                    .flatten(0, 1)
+                    .flatten(1)
+                    .sum(0)
+                )
                 dpre = torch.ops.aten.silu_backward.grad_input(dact, pre, grad_input=dact)
                 taps = stream.flipped_taps if block.reverse else stream.taps
                 dwindow, dblock_taps, dblock_bias = convolve_backward(dpre, window, taps)
@@ -361,7 +379,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out, grad_final, grad_ys, grad_states):
-    tensors, kept = ctx.saved_tensors[:-3], ctx.saved_tensors[-3:]
+    saved = ctx.saved_tensors
+    tensors, kept = saved[:-3], saved[-3:]
     grad_out = tensors[0].new_zeros(ctx.shape) if grad_out is None else grad_out
     grad_final = grad_final if kept[0].ndim > 1 else None
     options = ctx.reverse, ctx.suffix, ctx.eps, ctx.chunk_size

@@ -74,7 +74,7 @@ def ssd_scan(
         differentiated = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, dt, A, B, C, initial_state)
         )
-        chunk_size = chunk_size or chunked.default_chunk_size(length)
+        chunk_size = chunk_size or chunked.DEFAULT_CHUNK_SIZE
         y, state, _ = chunked.ssd_scan(
             x, dt, A, B, C, initial_state, reverse, suffix, chunk_size, final_state, differentiated
         )
