@@ -60,7 +60,12 @@ def causal_conv1d(
     if not 0 <= suffix <= x.shape[1]:
         raise UserError(f"suffix is {suffix}, expected 0 to the length, {x.shape[1]}")
 
-    if choose_implementation(implementation, x.device).implementation == "reference":
+    chosen = choose_implementation(implementation, x.device, x.dtype).implementation
+    if chosen == "triton":
+        from patchscale.ops.triton.conv import causal_conv1d as triton_conv
+
+        return triton_conv(x, weight, bias, history, reverse, suffix)
+    if chosen == "reference":
         return causal_conv1d_reference(x, weight, bias, history, reverse, suffix)
     if history is None:
         history = x.new_zeros(expected_history)

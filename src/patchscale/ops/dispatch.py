@@ -1,14 +1,17 @@
 """Which implementation of an operator runs, and why."""
 
+import functools
 import os
+import warnings
 from typing import NamedTuple
 
 import torch
 
 from patchscale.errors import UserError
+from patchscale.ops import triton
 
 ENVIRONMENT_VARIABLE = "PATCHSCALE_OPS"
-IMPLEMENTATIONS = ("torch", "reference")
+IMPLEMENTATIONS = ("triton", "torch", "reference")
 
 
 class Choice(NamedTuple):
@@ -16,26 +19,55 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_implementation(implementation: str | None, device: torch.device) -> Choice:
+def choose_implementation(
+    implementation: str | None, device: torch.device, dtype: torch.dtype = torch.float32, **sizes: int
+) -> Choice:
     """Choose the implementation of an operator: explicit argument, else environment variable, else device.
 
     Args:
-        implementation: ``"torch"`` (chunked, plain PyTorch), ``"reference"`` (token by token, for checking), or None.
+        implementation: ``"triton"`` (fused kernels, the default on NVIDIA GPUs that can run them), ``"torch"``
+            (chunked, plain PyTorch, the default elsewhere), ``"reference"`` (token by token, for checking), or None.
         device: where the tensors are.
+        dtype: of the activations.
+        sizes: head and state sizes, by name.
 
     Raises:
-        UserError: the argument or ``PATCHSCALE_OPS`` names no implementation.
+        UserError: the argument or ``PATCHSCALE_OPS`` names no implementation, or one that cannot run here.
     """
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
     if implementation is not None:
         choice = Choice(implementation, "asked for by the caller")
     elif from_environment:
         choice = Choice(from_environment, f"set by {ENVIRONMENT_VARIABLE}")
+    elif device.type != "cuda":
+        return Choice("torch", f"the default on {device.type}")
     else:
-        choice = Choice("torch", f"the default on {device.type}")
+        return _choose_on_gpu(device, _unfit(dtype, sizes))
     if choice.implementation not in IMPLEMENTATIONS:
         raise UserError(
             f"unknown operator implementation {choice.implementation!r} ({choice.reason}); "
             f"choose one of {', '.join(IMPLEMENTATIONS)}"
         )
+    obstacle = choice.implementation == "triton" and (triton.available(device) or _unfit(dtype, sizes))
+    if obstacle:
+        raise UserError(f"implementation 'triton' ({choice.reason}) cannot run: {obstacle}; choose 'torch'")
     return choice
+
+
+@functools.cache
+def _choose_on_gpu(device: torch.device, unfit: str | None) -> Choice:
+    obstacle = triton.available(device) or unfit
+    if obstacle is None:
+        return Choice("triton", f"the default on {device.type}")
+    warnings.warn(f"patchscale's operators run in plain PyTorch, slower: {obstacle}", stacklevel=2)
+    return Choice("torch", obstacle)
+
+
+def _unfit(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    """Why the Triton kernels do not take tensors like these; None if they do."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the Triton kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    for name, size in sizes.items():
+        if size < 16 or size & (size - 1):
+            return f"the Triton kernels take a {name} that is a power of two from 16, not {size}"
+    return None

@@ -89,7 +89,13 @@ def mix_tokens(
         raise UserError(f"suffix is {suffix}, expected 0 to the length, {length}")
 
     tensors = (projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, history, initial_state)
-    if choose_implementation(implementation, projected.device).implementation == "reference":
+    sizes = {"headdim": d_inner // heads, "d_state": d_state}
+    chosen = choose_implementation(implementation, projected.device, projected.dtype, **sizes).implementation
+    if chosen == "triton":
+        from patchscale.ops.triton.mixer import mix_tokens as triton_mix
+
+        out, state = triton_mix(*tensors, reverse, suffix, eps, final_state)
+    elif chosen == "reference":
         out, state = mix_tokens_reference(*tensors, reverse, suffix, eps)
     else:
         differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -68,7 +68,12 @@ def ssd_scan(
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"chunk_size is {chunk_size}, expected at least 1")
 
-    if choose_implementation(implementation, x.device).implementation == "reference":
+    chosen = choose_implementation(implementation, x.device, x.dtype, headdim=headdim, d_state=d_state).implementation
+    if chosen == "triton":
+        from patchscale.ops.triton.scan import ssd_scan as triton_scan
+
+        y, state = triton_scan(x, dt, A, B, C, D, initial_state, reverse, suffix, final_state)
+    elif chosen == "reference":
         y, state = ssd_scan_reference(x, dt, A, B, C, D, initial_state, reverse, suffix)
     else:
         differentiated = torch.is_grad_enabled() and any(

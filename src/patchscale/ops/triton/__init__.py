@@ -1,0 +1,34 @@
+"""The mixer as Triton kernels, for NVIDIA GPUs; importing this package imports no Triton.
+
+What each file holds, in the order in which a token meets it: `conv.py` (the short convolution), `steps.py` (step sizes
+and their running log-decays), `scan.py` (states, outputs), `gate.py` (gate and norm); `mixer.py` puts them together,
+`tokens.py` says how every kernel finds its tokens, and `tuning.py` how large its blocks are.
+
+All kernels count tokens in scan order. Only those that touch the caller's tensors know where a token stands, and work it
+out from its number: scanning from the right costs no copy. All offsets that grow with the batch or the length are 64-bit.
+Sums over tokens go through a partial sum of each program, added up in one order: equal runs give equal bits.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+OLDEST_CAPABILITY = (8, 0)  # bfloat16 on the tensor cores
+
+
+def available(device: torch.device) -> str | None:
+    """Why the kernels cannot run for tensors on this device, in one line; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the Triton kernels are for NVIDIA GPUs, not {'rocm' if device.type == 'cuda' else device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, "
+            f"the Triton kernels need {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
+        )
+    return None
