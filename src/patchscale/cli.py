@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from patchscale.bench.command import Kind, Options
 from patchscale.errors import TrainingStopped, UserError
 from patchscale.train.recipe import Precision, Recipe
 
@@ -221,6 +222,18 @@ def convert(source: tyro.conf.Positional[str], destination: tyro.conf.Positional
         _out.print(f"wrote {path}", highlight=False)
 
 
+def bench(kind: tyro.conf.Positional[Kind], options: tyro.conf.OmitArgPrefixes[Options]) -> None:
+    """Measure time and memory beside peers, in one run.
+
+    Args:
+        kind: Operators (ops), mixers and blocks or whole models (model), training steps (train).
+        options: How.
+    """
+    from patchscale.bench.command import bench as run
+
+    run(kind, options)
+
+
 def env() -> None:
     """Print versions, devices, and the implementation that each operator will use and why."""
     from importlib.metadata import version
@@ -255,6 +268,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
     "models": models,
     "convert": convert,
+    "bench": bench,
     "env": env,
 }
 

@@ -13,7 +13,7 @@ one matrix M = C B^T, masked, and a chunk is three matrix products, whatever the
     G' = exp(cs_Q - c + c') (G + B^T X')      with c' of the next chunk
 
 With c in the middle of the chunk's decays, the factors stay far from the ends of the number format as long as a head
-decays by less than exp(62) in a chunk. Heads that decay more are left out, and computed pair by pair (`pairwise.py`).
+decays by less than exp(78) in a chunk. Heads that decay more are left out, and computed pair by pair (`pairwise.py`).
 
 Chunks are taken a few at a time, as many as fit the cache: only the passing on of states is one after the other.
 
@@ -451,12 +451,13 @@ def _sum_last(product: Tensor) -> Tensor:
 
 
 def _factor_range(size: int, dtype: torch.dtype) -> float:
-    """The log-decay of a chunk of so many tokens up to which it may be cut into factors: 62 in float32.
+    """The log-decay of a chunk of so many tokens up to which it may be cut into factors: 78 in float32.
 
-    Up to there the factors, and what they multiply, are normal numbers. A gradient of a decay is a difference of
-    numbers that know nothing of that decay, and loses as many digits as it has: hence no more than 8 a token.
+    The factors then stay within exp(39) either way, 1e17, and a state is passed on by exp(-78) at least, a normal number.
+    A gradient of a decay is a difference of numbers that know nothing of that decay, and loses as many digits as it
+    has: hence no more than 8 a token.
     """
-    return min(0.7 * math.log(torch.finfo(dtype).max), 8.0 * size)
+    return min(0.88 * math.log(torch.finfo(dtype).max), 8.0 * size)
 
 
 @torch.library.custom_op("patchscale::ssd_scan", mutates_args=())

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The CPU results of record: operators, mixers and blocks, whole models, training steps. See README.md here.
+#   benchmarks/cpu.sh [threads] [folder]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+threads=${1:-1}
+out=${2:-benchmarks/results/cpu-$threads}
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="$threads"
+bench() { "${PYTHON:-python3}" -m patchscale.bench "$@" --device cpu --threads "$threads" | tee "$folder.txt"; }
+mkdir -p "$out"
+
+tokens=196,784,3136,4096,12544,16384,50176
+folder=$out/ops && bench ops --tokens $tokens --decay fresh,mild --out "$folder"
+folder=$out/model && bench model --tokens $tokens --width 256,768 --out "$folder"
+folder=$out/flat && bench model --tokens 784,3136,12544,50176,200704 --width 256,768 --peers none --out "$folder"
+folder=$out/tiny && bench model --model adventurer_tiny_patch16_224,adventurer_tiny_patch1_224 --peers none --repeats 3 \
+    --out "$folder"
