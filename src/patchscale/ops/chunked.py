@@ -453,7 +453,7 @@ def _sum_last(product: Tensor) -> Tensor:
 def _factor_range(size: int, dtype: torch.dtype) -> float:
     """The log-decay of a chunk of so many tokens up to which it may be cut into factors: 78 in float32.
 
-    The factors then stay within exp(39) either way, 1e17, and a state is passed on by exp(-78) at least, a normal number.
+    The factors then stay within exp(39) either way, 1e17, and a state is passed on by exp(-78) at least, no subnormal.
     A gradient of a decay is a difference of numbers that know nothing of that decay, and loses as many digits as it
     has: hence no more than 8 a token.
     """

@@ -26,7 +26,6 @@ from patchscale.ops.triton.tokens import (
     power_of_two,
     rows_in_memory,
     sigmoid,
-    silu_slope,
 )
 
 WIDEST = 4
@@ -34,8 +33,6 @@ _TOKENS, _CHANNELS = 32, 128
 _BACKWARD_TOKENS, _BACKWARD_CHANNELS = 16, 128
 # Blocks of tokens that one program of the backward adds up: 5 numbers a channel are written for so many tokens.
 _BACKWARD_BLOCKS = 32
-
-PRE, SILU, GRADIENT = 0, 1, 2  # what the kernel writes of the convolution v: v, silu(v), or gradient * silu'(v)
 
 
 @triton.jit
@@ -52,9 +49,9 @@ def _load_tokens(
 
 @triton.jit
 def _convolve(
-    x, history, weight, bias, gradient, out,
-    length, body, channels, blocks, x_batch, x_token, h_batch, h_token, g_batch, g_token, o_batch, o_token,
-    UNIT: tl.constexpr, REVERSE: tl.constexpr, OUT_REVERSE: tl.constexpr, HISTORY: tl.constexpr, MODE: tl.constexpr,
+    x, history, weight, bias, out, slope,
+    length, body, channels, blocks, x_batch, x_token, h_batch, h_token, o_batch, o_token,
+    UNIT: tl.constexpr, REVERSE: tl.constexpr, OUT_REVERSE: tl.constexpr, HISTORY: tl.constexpr, SLOPE: tl.constexpr,
     WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -72,24 +69,19 @@ def _convolve(
             REVERSE, HISTORY, WIDTH,
         )  # fmt: skip
         value += tap[None, :] * met
-    inside = t < length
-    if MODE == 1:
-        value *= sigmoid(value)
-    if MODE == 2:
-        rows = place(t, body, OUT_REVERSE)
-        value = silu_slope(value) * load_rows(
-            gradient + sample * g_batch, place(t, body, REVERSE), c, g_token, inside, channels
-        )
-    rows = place(t, body, OUT_REVERSE)
-    mask = inside[:, None] & (c < channels)[None, :]
-    tl.store(out + sample * o_batch + rows[:, None] * o_token + c[None, :], value, mask=mask)
+    opening = sigmoid(value)
+    mask = (t < length)[:, None] & (c < channels)[None, :]
+    to = sample * o_batch + place(t, body, OUT_REVERSE)[:, None] * o_token + c[None, :]
+    tl.store(out + to, value * opening, mask=mask)
+    if SLOPE:
+        tl.store(slope + to, opening * (1.0 + value * (1.0 - opening)), mask=mask)
 
 
 @triton.jit
 def _convolve_backward(
     x, history, weight, gradient, dx, dhistory, sums,
     length, body, channels, splits, x_batch, x_token, h_batch, h_token, g_batch, g_token, dx_batch, dx_token,
-    UNIT: tl.constexpr, REVERSE: tl.constexpr, HISTORY: tl.constexpr,
+    UNIT: tl.constexpr, REVERSE: tl.constexpr, GRADIENT_REVERSE: tl.constexpr, HISTORY: tl.constexpr,
     WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -113,7 +105,9 @@ def _convolve_backward(
         total = tl.zeros((TOKENS, CHANNELS), tl.float32)
         for ahead in tl.static_range(WIDTH):
             s = t + ahead
-            d = load_rows(gradient, s, c, g_token, (s >= 0) & (s < length), channels)
+            d = load_rows(
+                gradient, place(s, body, GRADIENT_REVERSE), c, g_token, (s >= 0) & (s < length), channels
+            )
             tap = tl.load(weight + c * WIDTH + (WIDTH - 1 - ahead), mask=c < channels, other=0.0).to(tl.float32)
             total += tap[None, :] * d
             if ahead == 0:
@@ -157,14 +151,14 @@ def convolve(
     out: Tensor,
     reverse: bool,
     suffix: int,
-    mode: int,
     *,
-    gradient: Tensor | None = None,
+    slope: Tensor | None = None,
     out_reverse: bool = False,
 ) -> None:
     """Write ``out``, (batch, length, channels), in scan order, or with ``out_reverse`` where its tokens stand.
 
-    x, history and gradient: dense in their last dimension; x and the gradient where their tokens stand.
+    With ``slope``, laid out as ``out``, write there the derivative of the SiLU. x, where its tokens stand, and history are
+    dense in their last dimension.
     """
     batch, length, channels = x.shape
     width = weight.shape[1]
@@ -174,12 +168,10 @@ def convolve(
     unit, *x_strides = aligned(x.stride(0), x.stride(1))
     launch(
         _convolve, (batch * blocks, triton.cdiv(channels, size)),
-        x, x if history is None else history, weight.contiguous(), bias.contiguous(),
-        x if gradient is None else gradient, out,
-        length, length - suffix if reverse else length, channels, blocks,
-        *x_strides, *_strides(history), *_strides(gradient), *_strides(out),
-        UNIT=unit, REVERSE=reverse, OUT_REVERSE=out_reverse, HISTORY=history is not None and width > 1, MODE=mode,
-        WIDTH=width, TOKENS=tokens, CHANNELS=size,
+        x, x if history is None else history, weight.contiguous(), bias.contiguous(), out, out if slope is None else slope,
+        length, length - suffix if reverse else length, channels, blocks, *x_strides, *_strides(history), *_strides(out),
+        UNIT=unit, REVERSE=reverse, OUT_REVERSE=out_reverse, HISTORY=history is not None and width > 1,
+        SLOPE=slope is not None, WIDTH=width, TOKENS=tokens, CHANNELS=size,
     )  # fmt: skip
 
 
@@ -191,11 +183,13 @@ def convolve_backward(
     dx: Tensor,
     reverse: bool,
     suffix: int,
+    *,
+    gradient_reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write ``dx``, where its tokens stand; return float32 gradients of weight and bias, and that of the history.
 
-    gradient: (batch, length, channels) in scan order, of what the SiLU was taken of. The history's gradient is in its
-    dtype, empty for None.
+    gradient: (batch, length, channels), of what the SiLU was taken of, in scan order, or with ``gradient_reverse`` where
+    its tokens stand. The history's gradient is in its dtype, empty for None.
     """
     batch, length, channels = x.shape
     width = weight.shape[1]
@@ -211,7 +205,7 @@ def convolve_backward(
         x, x if history is None else history, weight.contiguous(), gradient, dx, dhistory, sums,
         length, length - suffix if reverse else length, channels, splits,
         x_batch, x_token, *_strides(history), *_strides(gradient), dx_batch, dx_token,
-        UNIT=unit, REVERSE=reverse, HISTORY=history is not None and width > 1,
+        UNIT=unit, REVERSE=reverse, GRADIENT_REVERSE=gradient_reverse, HISTORY=history is not None and width > 1,
         WIDTH=width, TOKENS=tokens, CHANNELS=size, BLOCKS=blocks,
     )  # fmt: skip
     total = sums.sum(0)
@@ -238,7 +232,7 @@ def _causal_conv1d(
 ) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     history = None if history is None else rows_in_memory(history)
-    convolve(rows_in_memory(x), history, weight, bias, out, reverse, suffix, SILU, out_reverse=reverse)
+    convolve(rows_in_memory(x), history, weight, bias, out, reverse, suffix, out_reverse=reverse)
     return out
 
 
@@ -252,11 +246,14 @@ def _causal_conv1d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, history: Tensor | None, reverse: bool, suffix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and history, each in its dtype; empty for an absent history."""
-    x, grad = rows_in_memory(x), rows_in_memory(grad)
+    x = rows_in_memory(x)
     history = None if history is None else rows_in_memory(history)
-    dpre, dx = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    convolve(x, history, weight, bias, dpre, reverse, suffix, GRADIENT, gradient=grad)
-    dweight, dbias, dhistory = convolve_backward(x, history, weight, dpre, dx, reverse, suffix)
+    dx, spare, slope = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(3))
+    convolve(x, history, weight, bias, spare, reverse, suffix, slope=slope, out_reverse=reverse)
+    dpre = slope.mul_(grad)
+    dweight, dbias, dhistory = convolve_backward(
+        x, history, weight, dpre, dx, reverse, suffix, gradient_reverse=reverse
+    )
     return dx, dweight.to(weight.dtype).contiguous(), dbias.to(bias.dtype, copy=True), dhistory
 
 

@@ -1,14 +1,13 @@
 """The mixer between its two projections, as a row of kernels.
 
-Forward: convolution (writes the activations of x, B and C in scan order), steps, pass over states, chunk output, gate and
-norm. Backward: convolution again (this time without its SiLU), steps again, gate, pass over the gradients of states,
-chunk backward, convolution backward, steps backward.
+Forward: convolution (writes the activations of x, B and C, in scan order), steps, pass over states, chunk output, gate
+and norm. Backward: gate, convolution again (this time with the slope of its SiLU), steps again, pass over the gradients
+of states, chunk backward, convolution backward, steps backward.
 
-The activations are written and read again rather than worked out by every kernel that needs them: the scan reads x twice
-in either direction, and four taps, of which three come from the cache, each time would cost more there than a row written
-saves. Kept for the backward are the inputs, the scan's output and the states before each chunk; the activations are not,
-since they are as large as half the input and one kernel brings them back. What comes back is what the SiLU was taken of:
-the slope of the SiLU needs it, and its value is cheap to take again.
+The activations are written and read again rather than worked out by every kernel that needs them: the scan reads them
+two times in either direction, and a SiLU in the midst of its matrix products would be taken again for every layout that
+they ask for. Kept for the backward are the inputs, the scan's output and the states before each chunk, but not the
+activations: they are half as large as the input, and one kernel brings them back.
 """
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from patchscale.ops.triton import scan
-from patchscale.ops.triton.conv import PRE, SILU, check_width, convolve, convolve_backward
+from patchscale.ops.triton.conv import check_width, convolve, convolve_backward
 from patchscale.ops.triton.gate import gate, gate_backward
 from patchscale.ops.triton.steps import steps, steps_backward
 from patchscale.ops.triton.tokens import check_dtype, rows_in_memory
@@ -98,12 +97,12 @@ def _mix_tokens(
     batch, length, _ = projected.shape
     z, xBC, dt = sizes.split(projected)
     activated = projected.new_empty(batch, length, sizes.conv_dim)
-    convolve(xBC, history, conv_weight, conv_bias, activated, reverse, suffix, SILU)
+    convolve(xBC, history, conv_weight, conv_bias, activated, reverse, suffix)
     step_sizes = steps(dt, dt_bias, A.float().contiguous(), chunk_size, reverse, suffix)
     sequence = scan.Sequence(*sizes.split_conv(activated), *step_sizes, chunk_size, False, 0)
     final_shape, _ = scan.kept_shapes(*sizes.of_scan(projected.shape), chunk_size, want_final, keep)
     final = projected.new_empty(final_shape, dtype=torch.float32)
-    states = sequence.pass_states(sequence.x, sequence.B, initial_state, final if want_final else None, False, False)
+    states = sequence.pass_states(sequence.x, sequence.B, initial_state, final if want_final else None, False)
     y, out = (projected.new_empty(batch, length, sizes.d_inner) for _ in range(2))
     sequence.output(states, D, sizes.by_head(y))
     gate(y, z, norm_weight.contiguous(), out, eps, reverse, suffix)
@@ -154,15 +153,16 @@ def _mix_tokens_backward(
     dy = torch.empty_like(y)
     dnorm_weight = gate_backward(dout, y, z, norm_weight.contiguous(), dy, dz, eps, reverse, suffix)
 
-    pre, dpre = (projected.new_empty(batch, length, sizes.conv_dim) for _ in range(2))
-    convolve(xBC, history, conv_weight, conv_bias, pre, reverse, suffix, PRE)
+    activated, slope, dpre = (projected.new_empty(batch, length, sizes.conv_dim) for _ in range(3))
+    convolve(xBC, history, conv_weight, conv_bias, activated, reverse, suffix, slope=slope)
     rates = A.float().contiguous()
     step_sizes = steps(dt, dt_bias, rates, chunk_size, reverse, suffix)
-    sequence = scan.Sequence(*sizes.split_conv(pre), *step_sizes, chunk_size, False, 0)
+    sequence = scan.Sequence(*sizes.split_conv(activated), *step_sizes, chunk_size, False, 0)
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     by_head = sizes.by_head(dy)
-    dstates = sequence.pass_states(by_head, sequence.C, dfinal, dinitial, True, True)
-    dsteps, sums = sequence.backward(by_head, rates, D, states, dstates, *sizes.split_conv(dpre), True)
+    dstates = sequence.pass_states(by_head, sequence.C, dfinal, dinitial, True)
+    slopes, gradients = sizes.split_conv(slope), sizes.split_conv(dpre)
+    dsteps, sums = sequence.backward(by_head, rates, D, states, dstates, *gradients, slopes)
 
     dconv_weight, dconv_bias, dhistory = convolve_backward(xBC, history, conv_weight, dpre, dxBC, reverse, suffix)
     ddt_bias = steps_backward(dsteps, dt, dt_bias, ddt, chunk_size, reverse, suffix)

@@ -34,13 +34,10 @@ from patchscale.ops.triton.tokens import (
     check_dtype,
     dot,
     launch,
-    load_rows,
     place,
     power_of_two,
     precision,
     rows_in_memory,
-    sigmoid,
-    silu_slope,
 )
 from patchscale.ops.triton.tuning import Config, config, default_chunk_size, head_groups, headdim_block
 
@@ -48,19 +45,16 @@ LARGEST = 128  # of headdim and d_state: tiles beyond it do not fit the shared m
 
 
 @triton.jit
-def _load_tile(pointer, t, c, token, length, body, width, REVERSE: tl.constexpr, SILU: tl.constexpr):
-    """float32 (tokens, width), zero beyond the last token."""
-    value = load_rows(pointer, place(t, body, REVERSE), c, token, t < length, width)
-    if SILU:
-        value *= sigmoid(value)
-    return value
+def _load_tile(pointer, rows, columns, stride, valid):
+    """(rows, columns), zero where a row is not valid."""
+    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=valid[:, None], other=0.0)
 
 
 @triton.jit
 def _pass_states(
     x, B, dt, cs, first, states, last,
     chunks, length, body, heads, x_batch, x_token, x_head, b_batch, b_token,
-    REVERSE: tl.constexpr, SILU: tl.constexpr, GRADIENT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    REVERSE: tl.constexpr, GRADIENT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A head's state through all chunks; with GRADIENT its gradient, backwards, with dy for x and C for B."""
@@ -83,16 +77,18 @@ def _pass_states(
             chunk = chunks - 1 - number
         tl.store(states + ((sample * chunks + chunk) * heads + head) * P * N + offsets, state.to(low))
         t = tl.arange(0, Q).to(tl.int64) + chunk * Q
+        rows, valid = place(t, body, REVERSE), t < length
         decay = tl.load(cs + t)
         total = tl.load(cs + chunk * Q + Q - 1)
-        if GRADIENT:
-            weight = tl.exp(decay)
-        else:
-            weight = tl.exp(tl.minimum(total - decay, 0.0)) * tl.load(dt + t)
-        x_tile = _load_tile(x, t, p, x_token, length, body, P, REVERSE, SILU and not GRADIENT)
-        B_tile = _load_tile(B, t, n, b_token, length, body, N, REVERSE, SILU)
-        written = tl.trans((x_tile * weight[:, None]).to(low))
-        state = dot(written, B_tile.to(low), state * tl.exp(total), PRECISION)
+        weight = decay
+        if not GRADIENT:
+            weight = tl.minimum(total - decay, 0.0)
+        weight = tl.exp(weight)
+        if not GRADIENT:
+            weight *= tl.load(dt + t)
+        written = _load_tile(x, rows, p, x_token, valid).to(tl.float32) * weight[:, None]
+        B_tile = _load_tile(B, rows, n, b_token, valid)
+        state = dot(tl.trans(written.to(low)), B_tile, state * tl.exp(total), PRECISION)
     if LAST:
         tl.store(last + program * P * N + offsets, state)
 
@@ -106,56 +102,52 @@ def _chunk_output(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     sample, chunk = program // chunks, program % chunks
-    q = tl.arange(0, Q)
+    q, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
     t = chunk * Q + q
-    p, n = tl.arange(0, P), tl.arange(0, N)
-    rows = place(t, body, REVERSE)[:, None]
+    rows, valid = place(t, body, REVERSE), t < length
     low = x.dtype.element_ty
-    C_tile = _load_tile(C + sample * b_batch, t, n, b_token, length, body, N, REVERSE, False).to(low)
-    B_tile = _load_tile(B + sample * b_batch, t, n, b_token, length, body, N, REVERSE, False).to(low)
+    C_tile = _load_tile(C + sample * b_batch, rows, n, b_token, valid)
+    B_tile = _load_tile(B + sample * b_batch, rows, n, b_token, valid)
     products = dot(C_tile, tl.trans(B_tile), tl.zeros((Q, Q), tl.float32), PRECISION)  # (t, s)
     seen = q[:, None] >= q[None, :]
     first_head = tl.program_id(1).to(tl.int64) * heads_each
     for head in range(first_head, tl.minimum(first_head + heads_each, heads)):
         at = (sample * heads + head) * chunks * Q + t
         decay, step = tl.load(cs + at), tl.load(dt + at)
-        x_tile = _load_tile(x + sample * x_batch + head * x_head, t, p, x_token, length, body, P, REVERSE, False)
-        state = tl.load(states + (program * heads + head) * P * N + n[:, None] + p[None, :] * N)  # (N, P)
-        total = dot(C_tile, state, tl.zeros((Q, P), tl.float32), PRECISION) * tl.exp(decay)[:, None]
+        x_tile = _load_tile(x + sample * x_batch + head * x_head, rows, p, x_token, valid)
+        state = tl.load(states + (program * heads + head) * P * N + p[:, None] * N + n[None, :])
+        total = dot(C_tile, tl.trans(state), tl.zeros((Q, P), tl.float32), PRECISION) * tl.exp(decay)[:, None]
         between = tl.where(seen, tl.minimum(decay[:, None] - decay[None, :], 0.0), float("-inf"))
         scores = products * tl.exp(between) * step[None, :]
-        total = dot(scores.to(low), x_tile.to(low), total, PRECISION)
+        total = dot(scores.to(low), x_tile, total, PRECISION)
         if SKIP:
-            total += tl.load(D + head).to(tl.float32) * x_tile
-        tl.store(
-            y + sample * y_batch + head * y_head + rows * y_token + p[None, :], total, mask=(t < length)[:, None]
-        )
+            total += tl.load(D + head).to(tl.float32) * x_tile.to(tl.float32)
+        to = y + sample * y_batch + head * y_head + rows[:, None] * y_token + p[None, :]
+        tl.store(to, total, mask=valid[:, None])
 
 
 @triton.jit
 def _chunk_backward(
-    x, B, C, dy, dt, cs, A, D, states, dstates, dx, dB, dC, ddt, sums,
+    x, B, C, dy, dt, cs, A, D, states, dstates, x_slope, B_slope, C_slope, dx, dB, dC, ddt, sums,
     chunks, length, body, heads, heads_each,
     x_batch, x_token, x_head, b_batch, b_token, dy_batch, dy_token, dy_head,
     dx_batch, dx_token, dx_head, db_group, db_batch, db_token,
-    REVERSE: tl.constexpr, SILU: tl.constexpr, SKIP: tl.constexpr,
+    REVERSE: tl.constexpr, SLOPE: tl.constexpr, SKIP: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a chunk's x, B, C and dt, and its share of those of A and D.
 
-    With SILU, x, B and C are what the SiLU was taken of, and so are dx, dB and dC.
+    With SLOPE, dx, dB and dC are multiplied by the slopes, laid out as x, B and C.
     """
     program = tl.program_id(0).to(tl.int64)
     sample, chunk = program // chunks, program % chunks
-    q = tl.arange(0, Q)
+    q, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
     t = chunk * Q + q
-    p, n = tl.arange(0, P), tl.arange(0, N)
-    rows = place(t, body, REVERSE)[:, None]
-    inside = (t < length)[:, None]
+    rows, valid = place(t, body, REVERSE), t < length
     low = x.dtype.element_ty
-    B_low = _load_tile(B + sample * b_batch, t, n, b_token, length, body, N, REVERSE, SILU).to(low)
-    C_low = _load_tile(C + sample * b_batch, t, n, b_token, length, body, N, REVERSE, SILU).to(low)
-    products = dot(C_low, tl.trans(B_low), tl.zeros((Q, Q), tl.float32), PRECISION)  # (t, s)
+    B_tile = _load_tile(B + sample * b_batch, rows, n, b_token, valid)
+    C_tile = _load_tile(C + sample * b_batch, rows, n, b_token, valid)
+    products = dot(C_tile, tl.trans(B_tile), tl.zeros((Q, Q), tl.float32), PRECISION)  # (t, s)
     seen = q[:, None] >= q[None, :]
     before = (q[:, None] < q[None, :]).to(tl.float32).to(low)  # (s, u)
     dproducts = tl.zeros((Q, Q), tl.float32)
@@ -166,64 +158,59 @@ def _chunk_backward(
         at = (sample * heads + head) * chunks * Q
         decay, step = tl.load(cs + at + t), tl.load(dt + at + t)
         total = tl.load(cs + at + chunk * Q + Q - 1)
-        dy_tile = _load_tile(dy + sample * dy_batch + head * dy_head, t, p, dy_token, length, body, P, REVERSE, False)
-        x_tile = _load_tile(x + sample * x_batch + head * x_head, t, p, x_token, length, body, P, REVERSE, SILU)
-        x_low, dy_low = x_tile.to(low), dy_tile.to(low)
-        where = (program * heads + head) * P * N
-        state = tl.load(states + where + p[:, None] * N + n[None, :])  # (P, N), before the chunk
-        dstate = tl.load(dstates + where + p[:, None] * N + n[None, :])  # of the state after it
+        dy_tile = _load_tile(dy + sample * dy_batch + head * dy_head, rows, p, dy_token, valid)
+        x_tile = _load_tile(x + sample * x_batch + head * x_head, rows, p, x_token, valid)
+        where = (program * heads + head) * P * N + p[:, None] * N + n[None, :]
+        state = tl.load(states + where)  # before the chunk
+        dstate = tl.load(dstates + where)  # of the state after it
 
         # Inside the chunk: y_t = sum_s scores_ts dt_s x_s.
         between = tl.exp(tl.where(seen, tl.minimum(decay[:, None] - decay[None, :], 0.0), float("-inf")))
-        dscores = dot(dy_low, tl.trans(x_low), tl.zeros((Q, Q), tl.float32), PRECISION) * step[None, :] * between
+        dscores = dot(dy_tile, tl.trans(x_tile), tl.zeros((Q, Q), tl.float32), PRECISION) * step[None, :] * between
         dproducts += dscores
-        pairs = dscores * products  # the gradient of every cs_t - cs_s
+        pairs = (dscores * products).to(low)  # the gradient of every cs_t - cs_s
         scores = (products * between).to(low)
-        dwritten = dot(tl.trans(scores), dy_low, tl.zeros((Q, P), tl.float32), PRECISION)  # of dt_s x_s
+        dwritten = dot(tl.trans(scores), dy_tile, tl.zeros((Q, P), tl.float32), PRECISION)  # of dt_s x_s
 
         # Out of the state before: y_t += exp(cs_t) H C_t.
-        read = dot(dy_low, state, tl.zeros((Q, N), tl.float32), PRECISION) * tl.exp(decay)[:, None]  # (t, N)
+        read = dot(dy_tile, state, tl.zeros((Q, N), tl.float32), PRECISION) * tl.exp(decay)[:, None]
         dC_tile += read
-        of_read = tl.sum(read * C_low.to(tl.float32), 1)
+        of_read = tl.sum(read * C_tile.to(tl.float32), 1)
 
         # Into the state after: sum_s exp(cs_Q - cs_s) dt_s x_s (outer) B_s.
         to_end = tl.exp(tl.minimum(total - decay, 0.0))
-        kept = dot(B_low, tl.trans(dstate), tl.zeros((Q, P), tl.float32), PRECISION) * to_end[:, None]  # (s, P)
-        of_written = tl.sum(kept * x_tile, 1) * step
+        kept = dot(B_tile, tl.trans(dstate), tl.zeros((Q, P), tl.float32), PRECISION) * to_end[:, None]
+        of_written = tl.sum(kept * x_tile.to(tl.float32), 1) * step
         dwritten += kept
-        dB_tile += dot(x_low, dstate, tl.zeros((Q, N), tl.float32), PRECISION) * (to_end * step)[:, None]
+        dB_tile += dot(x_tile, dstate, tl.zeros((Q, N), tl.float32), PRECISION) * (to_end * step)[:, None]
 
-        # The log-decay of u lies between all s before u and t not before u, between the state before and such t, between
-        # such s and the state after, and between the two states.
-        between_pairs = dot(pairs.to(low), before, tl.zeros((Q, Q), tl.float32), PRECISION)  # (t, u), summed over s before u
+        # The log-decay of u lies between all s before u and t not before u, between the state before and such t,
+        # between such s and the state after, and between the two states.
+        between_pairs = dot(pairs, before, tl.zeros((Q, Q), tl.float32), PRECISION)  # (t, u): summed over s before u
         dlog_decay = tl.sum(tl.where(seen, between_pairs + of_read[:, None], of_written[:, None]), 0)
         dlog_decay += tl.sum(state.to(tl.float32) * dstate.to(tl.float32)) * tl.exp(total)
 
-        of_step = tl.sum(dwritten * x_tile, 1)
+        of_step = tl.sum(dwritten * x_tile.to(tl.float32), 1)
         tl.store(ddt + at + t, of_step + dlog_decay * tl.load(A + head))
-        dx_tile = dwritten * step[:, None]
         share = sums + (program * heads + head) * 2
         tl.store(share, tl.sum(dlog_decay * step))
+        dx_tile = dwritten * step[:, None]
         if SKIP:
-            dx_tile += tl.load(D + head).to(tl.float32) * dy_tile
-            tl.store(share + 1, tl.sum(dy_tile * x_tile))
-        if SILU:
-            dx_tile *= silu_slope(
-                _load_tile(x + sample * x_batch + head * x_head, t, p, x_token, length, body, P, REVERSE, False)
-            )
-        tl.store(dx + sample * dx_batch + head * dx_head + rows * dx_token + p[None, :], dx_tile, mask=inside)
-    dC_tile = dot(dproducts.to(low), B_low, dC_tile, PRECISION)
-    dB_tile = dot(tl.trans(dproducts.to(low)), C_low, dB_tile, PRECISION)
-    if SILU:
-        dB_tile *= silu_slope(
-            _load_tile(B + sample * b_batch, t, n, b_token, length, body, N, REVERSE, False)
-        )
-        dC_tile *= silu_slope(
-            _load_tile(C + sample * b_batch, t, n, b_token, length, body, N, REVERSE, False)
-        )
-    to = tl.program_id(1).to(tl.int64) * db_group + sample * db_batch + rows * db_token + n[None, :]
-    tl.store(dB + to, dB_tile, mask=inside)
-    tl.store(dC + to, dC_tile, mask=inside)
+            dx_tile += tl.load(D + head).to(tl.float32) * dy_tile.to(tl.float32)
+            tl.store(share + 1, tl.sum(dy_tile.to(tl.float32) * x_tile.to(tl.float32)))
+        if SLOPE:
+            dx_tile *= _load_tile(x_slope + sample * x_batch + head * x_head, rows, p, x_token, valid).to(tl.float32)
+        to = dx + sample * dx_batch + head * dx_head + rows[:, None] * dx_token + p[None, :]
+        tl.store(to, dx_tile, mask=valid[:, None])
+    dproducts_low = dproducts.to(low)
+    dC_tile = dot(dproducts_low, B_tile, dC_tile, PRECISION)
+    dB_tile = dot(tl.trans(dproducts_low), C_tile, dB_tile, PRECISION)
+    if SLOPE:
+        dB_tile *= _load_tile(B_slope + sample * b_batch, rows, n, b_token, valid).to(tl.float32)
+        dC_tile *= _load_tile(C_slope + sample * b_batch, rows, n, b_token, valid).to(tl.float32)
+    to = tl.program_id(1).to(tl.int64) * db_group + sample * db_batch + rows[:, None] * db_token + n[None, :]
+    tl.store(dB + to, dB_tile, mask=valid[:, None])
+    tl.store(dC + to, dC_tile, mask=valid[:, None])
 
 
 def check_sizes(headdim: int, d_state: int) -> None:
@@ -264,7 +251,7 @@ class Sequence:
         self.sizes = {"Q": chunk_size, "P": self.headdim, "N": self.d_state, "PRECISION": precision()}
 
     def pass_states(
-        self, values: Tensor, rows: Tensor, first: Tensor | None, last: Tensor | None, silu: bool, gradient: bool
+        self, values: Tensor, rows: Tensor, first: Tensor | None, last: Tensor | None, gradient: bool
     ) -> Tensor:
         """The states before each chunk, (batch, chunks, heads, headdim, d_state); writes the one after all to ``last``.
 
@@ -280,7 +267,7 @@ class Sequence:
             values, rows, self.dt, self.cs, values if first is None else first.contiguous(), states,
             values if last is None else last,
             self.chunks, self.length, self.body, self.heads, *values.stride()[:3], *rows.stride()[:2],
-            REVERSE=self.reverse, SILU=silu, GRADIENT=gradient, FIRST=first is not None, LAST=last is not None,
+            REVERSE=self.reverse, GRADIENT=gradient, FIRST=first is not None, LAST=last is not None,
             BLOCK=block, **self.sizes, warps=self.config.pass_warps, stages=self.config.pass_stages,
         )  # fmt: skip
         return states
@@ -298,9 +285,11 @@ class Sequence:
 
     def backward(
         self, dy: Tensor, A: Tensor, D: Tensor | None, states: Tensor, dstates: Tensor, dx: Tensor, dB: Tensor, dC: Tensor,
-        silu: bool,
+        slopes: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Write dx, dB and dC, ordered as x; return the gradients of dt, (batch, heads, padded length), and of A and D.
+
+        With ``slopes``, laid out as x, B and C, dx, dB and dC are multiplied by them.
 
         The latter are (heads, 2), float32; without D its column means nothing. dB and dC have equal strides.
         """
@@ -315,10 +304,10 @@ class Sequence:
         launch(
             _chunk_backward, (self.batch * self.chunks, self.groups),
             self.x, self.B, self.C, dy, self.dt, self.cs, A, A if D is None else D.contiguous(), states, dstates,
-            dx, to_B, to_C, ddt, sums,
+            *(slopes or (self.x, self.B, self.C)), dx, to_B, to_C, ddt, sums,
             self.chunks, self.length, self.body, self.heads, -(-self.heads // self.groups),
             *self.x.stride()[:3], *self.B.stride()[:2], *dy.stride()[:3], *dx.stride()[:3], *to_B.stride()[:3],
-            REVERSE=self.reverse, SILU=silu, SKIP=D is not None,
+            REVERSE=self.reverse, SLOPE=slopes is not None, SKIP=D is not None,
             **self.sizes, warps=self.config.backward_warps, stages=self.config.backward_stages,
         )  # fmt: skip
         if many:
@@ -379,7 +368,7 @@ def _ssd_scan(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     shape, _ = kept_shapes(*x.shape, B.shape[2], chunk_size, want_final, keep)
     final = torch.empty(shape, dtype=torch.float32, device=x.device)
-    states = sequence.pass_states(sequence.x, sequence.B, initial_state, final if want_final else None, False, False)
+    states = sequence.pass_states(sequence.x, sequence.B, initial_state, final if want_final else None, False)
     sequence.output(states, D, y)
     return y, final, states if keep else x.new_empty(0)
 
@@ -418,8 +407,8 @@ def _ssd_scan_backward(
     dy = rows_in_memory(dy)
     dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
-    dstates = sequence.pass_states(dy, sequence.C, dfinal, dinitial, False, True)
-    dsteps, sums = sequence.backward(dy, A.float().contiguous(), D, states, dstates, dx, dB, dC, False)
+    dstates = sequence.pass_states(dy, sequence.C, dfinal, dinitial, True)
+    dsteps, sums = sequence.backward(dy, A.float().contiguous(), D, states, dstates, dx, dB, dC)
     steps_backward(dsteps, dt, None, ddt, chunk_size, reverse, suffix)
     return (
         dx,

@@ -30,13 +30,6 @@ def sigmoid(v):
 
 
 @triton.jit
-def silu_slope(v):
-    """The derivative of v * sigmoid(v)."""
-    s = sigmoid(v)
-    return s * (1.0 + v * (1.0 - s))
-
-
-@triton.jit
 def load_rows(pointer, rows, columns, stride, valid, width):
     """float32 (rows, columns) of a matrix in memory; zero where a row is not valid or a column is beyond the width."""
     mask = valid[:, None] & (columns < width)[None, :]
