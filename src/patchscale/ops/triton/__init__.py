@@ -4,9 +4,9 @@ What each file holds, in the order in which a token meets it: `conv.py` (the sho
 and their running log-decays), `scan.py` (states, outputs), `gate.py` (gate and norm); `mixer.py` puts them together,
 `tokens.py` says how every kernel finds its tokens, and `tuning.py` how large its blocks are.
 
-All kernels count tokens in scan order. Only those that touch the caller's tensors know where a token stands, and work it
-out from its number: scanning from the right costs no copy. All offsets that grow with the batch or the length are 64-bit.
-Sums over tokens go through a partial sum of each program, added up in one order: equal runs give equal bits.
+All kernels count tokens in scan order. Only those that touch the caller's tensors know where a token stands, and work
+it out from its number: scanning from the right costs no copy. All offsets that grow with the batch or the length are
+64-bit. Sums over tokens go through a partial sum of each program, added up in one order: equal runs give equal bits.
 """
 
 import importlib.util
@@ -19,7 +19,8 @@ OLDEST_CAPABILITY = (8, 0)  # bfloat16 on the tensor cores
 
 def available(device: torch.device) -> str | None:
     """Why the kernels cannot run for tensors on this device, in one line; None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:  # None too for any folder of that name
         return "Triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None

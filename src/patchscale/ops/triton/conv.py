@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchscale.errors import UserError
+from patchscale.ops.triton import tuning
 from patchscale.ops.triton.tokens import (
     aligned,
     check_dtype,
@@ -31,7 +32,7 @@ from patchscale.ops.triton.tokens import (
 WIDEST = 4
 _TOKENS, _CHANNELS = 32, 128
 _BACKWARD_TOKENS, _BACKWARD_CHANNELS = 16, 128
-# Blocks of tokens that one program of the backward adds up: 5 numbers a channel are written for so many tokens.
+# Blocks of tokens that one program of the backward adds up, at most: 5 numbers a channel are written for so many.
 _BACKWARD_BLOCKS = 32
 
 
@@ -47,7 +48,7 @@ def _load_tokens(
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "body", "blocks", "x_batch", "h_batch", "o_batch"])
 def _convolve(
     x, history, weight, bias, out, slope,
     length, body, channels, blocks, x_batch, x_token, h_batch, h_token, o_batch, o_token,
@@ -77,12 +78,12 @@ def _convolve(
         tl.store(slope + to, opening * (1.0 + value * (1.0 - opening)), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "body", "splits", "blocks", "x_batch", "h_batch", "g_batch", "dx_batch"])
 def _convolve_backward(
     x, history, weight, gradient, dx, dhistory, sums,
-    length, body, channels, splits, x_batch, x_token, h_batch, h_token, g_batch, g_token, dx_batch, dx_token,
+    length, body, channels, splits, blocks, x_batch, x_token, h_batch, h_token, g_batch, g_token, dx_batch, dx_token,
     UNIT: tl.constexpr, REVERSE: tl.constexpr, GRADIENT_REVERSE: tl.constexpr, HISTORY: tl.constexpr,
-    WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     sample = program // splits
@@ -97,17 +98,15 @@ def _convolve_backward(
     sum_2 = tl.zeros((TOKENS, CHANNELS), tl.float32)
     sum_3 = tl.zeros((TOKENS, CHANNELS), tl.float32)
     sum_bias = tl.zeros((TOKENS, CHANNELS), tl.float32)
-    for block in range(BLOCKS):
-        t = ((program % splits) * BLOCKS + block) * TOKENS + tl.arange(0, TOKENS) - (WIDTH - 1)
+    for block in range(blocks):
+        t = ((program % splits) * blocks + block) * TOKENS + tl.arange(0, TOKENS) - (WIDTH - 1)
         met = _load_tokens(
             x, history, t, c, length, body, channels, x_token * UNIT, h_token, REVERSE, HISTORY, WIDTH
         )  # fmt: skip
         total = tl.zeros((TOKENS, CHANNELS), tl.float32)
         for ahead in tl.static_range(WIDTH):
             s = t + ahead
-            d = load_rows(
-                gradient, place(s, body, GRADIENT_REVERSE), c, g_token, (s >= 0) & (s < length), channels
-            )
+            d = load_rows(gradient, place(s, body, GRADIENT_REVERSE), c, g_token, (s >= 0) & (s < length), channels)
             tap = tl.load(weight + c * WIDTH + (WIDTH - 1 - ahead), mask=c < channels, other=0.0).to(tl.float32)
             total += tap[None, :] * d
             if ahead == 0:
@@ -139,7 +138,8 @@ def _convolve_backward(
 def check_width(width: int) -> None:
     if not 1 <= width <= WIDEST:
         raise UserError(
-            f"the convolution is {width} taps wide, the Triton kernels take 1 to {WIDEST}; choose implementation='torch'"
+            f"the convolution is {width} taps wide, the Triton kernels take 1 to {WIDEST}; "
+            "choose implementation='torch'"
         )
 
 
@@ -157,8 +157,8 @@ def convolve(
 ) -> None:
     """Write ``out``, (batch, length, channels), in scan order, or with ``out_reverse`` where its tokens stand.
 
-    With ``slope``, laid out as ``out``, write there the derivative of the SiLU. x, where its tokens stand, and history are
-    dense in their last dimension.
+    With ``slope``, laid out as ``out``, write there the derivative of the SiLU. x, where its tokens stand, and history
+    are dense in their last dimension.
     """
     batch, length, channels = x.shape
     width = weight.shape[1]
@@ -168,8 +168,10 @@ def convolve(
     unit, *x_strides = aligned(x.stride(0), x.stride(1))
     launch(
         _convolve, (batch * blocks, triton.cdiv(channels, size)),
-        x, x if history is None else history, weight.contiguous(), bias.contiguous(), out, out if slope is None else slope,
-        length, length - suffix if reverse else length, channels, blocks, *x_strides, *_strides(history), *_strides(out),
+        x, x if history is None else history, weight.contiguous(), bias.contiguous(),
+        out, out if slope is None else slope,
+        length, length - suffix if reverse else length, channels, blocks,
+        *x_strides, *_strides(history), *_strides(out),
         UNIT=unit, REVERSE=reverse, OUT_REVERSE=out_reverse, HISTORY=history is not None and width > 1,
         SLOPE=slope is not None, WIDTH=width, TOKENS=tokens, CHANNELS=size,
     )  # fmt: skip
@@ -188,25 +190,29 @@ def convolve_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write ``dx``, where its tokens stand; return float32 gradients of weight and bias, and that of the history.
 
-    gradient: (batch, length, channels), of what the SiLU was taken of, in scan order, or with ``gradient_reverse`` where
-    its tokens stand. The history's gradient is in its dtype, empty for None.
+    gradient: (batch, length, channels), of what the SiLU was taken of, in scan order, or with ``gradient_reverse``
+    where its tokens stand. The history's gradient is in its dtype, empty for None.
     """
     batch, length, channels = x.shape
     width = weight.shape[1]
     tokens = min(_BACKWARD_TOKENS, power_of_two(length + width - 1))
     size = min(_BACKWARD_CHANNELS, power_of_two(channels))
-    blocks = min(_BACKWARD_BLOCKS, triton.cdiv(length + width - 1, tokens))
-    splits = triton.cdiv(length + width - 1, tokens * blocks)
+    every, channel_blocks = length + width - 1, triton.cdiv(channels, size)
+    blocks = min(_BACKWARD_BLOCKS, triton.cdiv(every, tokens))
+    while blocks > 1 and batch * triton.cdiv(every, tokens * blocks) * channel_blocks < tuning.ENOUGH_PROGRAMS:
+        blocks = (blocks + 1) // 2
+    splits = triton.cdiv(every, tokens * blocks)
     dhistory = x.new_empty(0) if history is None else history.new_empty(history.shape)
     sums = x.new_empty(batch * splits, width + 1, channels, dtype=torch.float32)
     unit, x_batch, x_token, dx_batch, dx_token = aligned(x.stride(0), x.stride(1), dx.stride(0), dx.stride(1))
     launch(
-        _convolve_backward, (batch * splits, triton.cdiv(channels, size)),
+        _convolve_backward, (batch * splits, channel_blocks),
         x, x if history is None else history, weight.contiguous(), gradient, dx, dhistory, sums,
-        length, length - suffix if reverse else length, channels, splits,
+        length, length - suffix if reverse else length, channels, splits, blocks,
         x_batch, x_token, *_strides(history), *_strides(gradient), dx_batch, dx_token,
-        UNIT=unit, REVERSE=reverse, GRADIENT_REVERSE=gradient_reverse, HISTORY=history is not None and width > 1,
-        WIDTH=width, TOKENS=tokens, CHANNELS=size, BLOCKS=blocks,
+        UNIT=unit, REVERSE=reverse, GRADIENT_REVERSE=gradient_reverse,
+        HISTORY=history is not None and width > 1,
+        WIDTH=width, TOKENS=tokens, CHANNELS=size,
     )  # fmt: skip
     total = sums.sum(0)
     return total[:width].t(), total[width], dhistory

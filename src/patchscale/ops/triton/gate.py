@@ -15,7 +15,7 @@ from patchscale.ops.triton.tokens import aligned, launch, load_rows, place, powe
 _BACKWARD_PROGRAMS = 1024  # a few for each multiprocessor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "body", "z_batch"])
 def _gate(
     y, z, weight, out, rows, length, body, width, eps, y_row, z_batch, z_token, out_row,
     UNIT: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -34,7 +34,7 @@ def _gate(
     tl.store(out + to, gated * scale[:, None] * gain[None, :], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "body", "dout_batch", "z_batch", "dz_batch"])
 def _gate_backward(
     dout, y, z, weight, dy, dz, sums,
     rows, length, body, width, eps, dout_batch, dout_token, y_row, z_batch, z_token, dz_batch, dz_token,
@@ -45,7 +45,7 @@ def _gate_backward(
     gain = tl.load(weight + c, mask=c < width, other=0.0).to(tl.float32)[None, :]
     dgain = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
-        number = first + tl.arange(0, ROWS)
+        number = (first + tl.arange(0, ROWS)).to(tl.int64)
         valid = number < rows
         mask = valid[:, None] & (c < width)[None, :]
         sample = number // length
@@ -70,7 +70,7 @@ def _gate_backward(
 def gate(y: Tensor, z: Tensor, weight: Tensor, out: Tensor, eps: float, reverse: bool, suffix: int) -> None:
     """Write ``out``, (batch, length, width), contiguous, where the tokens stand.
 
-    y: (batch, length, width), contiguous, in scan order; z: the same where the tokens stand, dense in its last dimension.
+    y: (batch, length, width), contiguous, in scan order; z: the same where the tokens stand, its last dimension dense.
     """
     batch, length, width = y.shape
     rows = _rows(batch * length, width)

@@ -68,7 +68,8 @@ class _Sizes:
     def by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.headdim))
 
-    def of_scan(self, projected_shape) -> tuple[int, int, int, int, int]:
+    def of_scan(self, projected_shape) -> tuple[int, ...]:
+        """Batch, length, heads, headdim and d_state."""
         return *projected_shape[:2], self.heads, self.headdim, self.d_state
 
 
@@ -99,12 +100,12 @@ def _mix_tokens(
     activated = projected.new_empty(batch, length, sizes.conv_dim)
     convolve(xBC, history, conv_weight, conv_bias, activated, reverse, suffix)
     step_sizes = steps(dt, dt_bias, A.float().contiguous(), chunk_size, reverse, suffix)
-    sequence = scan.Sequence(*sizes.split_conv(activated), *step_sizes, chunk_size, False, 0)
-    final_shape, _ = scan.kept_shapes(*sizes.of_scan(projected.shape), chunk_size, want_final, keep)
+    tokens = scan.Tokens(*sizes.split_conv(activated), *step_sizes, chunk_size, False, 0)
+    final_shape, _ = scan.kept_shapes(sizes.of_scan(projected.shape), chunk_size, want_final, keep)
     final = projected.new_empty(final_shape, dtype=torch.float32)
-    states = sequence.pass_states(sequence.x, sequence.B, initial_state, final if want_final else None, False)
+    states = tokens.pass_states(tokens.x, tokens.B, initial_state, final if want_final else None, False)
     y, out = (projected.new_empty(batch, length, sizes.d_inner) for _ in range(2))
-    sequence.output(states, D, sizes.by_head(y))
+    tokens.output(states, D, sizes.by_head(y))
     gate(y, z, norm_weight.contiguous(), out, eps, reverse, suffix)
     if not keep:
         y, states = projected.new_empty(0), projected.new_empty(0)
@@ -117,7 +118,7 @@ def _(
     reverse, suffix, eps, chunk_size, want_final, keep,
 ):  # fmt: skip
     sizes = _Sizes(conv_weight.shape, A.shape, norm_weight.shape)
-    final, states = scan.kept_shapes(*sizes.of_scan(projected.shape), chunk_size, want_final, keep)
+    final, states = scan.kept_shapes(sizes.of_scan(projected.shape), chunk_size, want_final, keep)
     out = projected.new_empty(*projected.shape[:2], sizes.d_inner)
     y = projected.new_empty(out.shape if keep else 0)
     return out, projected.new_empty(final, dtype=torch.float32), y, projected.new_empty(states)
@@ -153,16 +154,17 @@ def _mix_tokens_backward(
     dy = torch.empty_like(y)
     dnorm_weight = gate_backward(dout, y, z, norm_weight.contiguous(), dy, dz, eps, reverse, suffix)
 
-    activated, slope, dpre = (projected.new_empty(batch, length, sizes.conv_dim) for _ in range(3))
+    activated, slope = (projected.new_empty(batch, length, sizes.conv_dim) for _ in range(2))
     convolve(xBC, history, conv_weight, conv_bias, activated, reverse, suffix, slope=slope)
     rates = A.float().contiguous()
     step_sizes = steps(dt, dt_bias, rates, chunk_size, reverse, suffix)
-    sequence = scan.Sequence(*sizes.split_conv(activated), *step_sizes, chunk_size, False, 0)
+    tokens = scan.Tokens(*sizes.split_conv(activated), *step_sizes, chunk_size, False, 0)
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     by_head = sizes.by_head(dy)
-    dstates = sequence.pass_states(by_head, sequence.C, dfinal, dinitial, True)
-    slopes, gradients = sizes.split_conv(slope), sizes.split_conv(dpre)
-    dsteps, sums = sequence.backward(by_head, rates, D, states, dstates, *gradients, slopes)
+    dstates = tokens.pass_states(by_head, tokens.C, dfinal, dinitial, True)
+    # Each program reads the slopes of its own tokens before it writes their gradients: these may take their place.
+    slopes, dpre = sizes.split_conv(slope), slope
+    dsteps, sums = tokens.backward(by_head, rates, D, states, dstates, *slopes, slopes)
 
     dconv_weight, dconv_bias, dhistory = convolve_backward(xBC, history, conv_weight, dpre, dxBC, reverse, suffix)
     ddt_bias = steps_backward(dsteps, dt, dt_bias, ddt, chunk_size, reverse, suffix)
@@ -205,11 +207,11 @@ _mix_tokens.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.patchscale.mix_tokens_triton)
 def _forward_flops(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *args, out_shape=None, **kw) -> int:
-    return scan.forward_flops(*_Sizes(conv_weight, A, norm_weight).of_scan(projected), args[5])
+    return scan.forward_flops(_Sizes(conv_weight, A, norm_weight).of_scan(projected), args[5])
 
 
 @register_flop_formula(torch.ops.patchscale.mix_tokens_triton_backward)
 def _backward_flops(
     dout, dfinal, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *args, out_shape=None, **kw
 ) -> int:
-    return scan.backward_flops(*_Sizes(conv_weight, A, norm_weight).of_scan(projected), args[-1])
+    return scan.backward_flops(_Sizes(conv_weight, A, norm_weight).of_scan(projected), args[-1])

@@ -6,14 +6,14 @@ With cs the running sum of dt A within a chunk of Q tokens, and H the state (hea
     H'  = exp(cs_Q) H + sum_s exp(cs_Q - cs_s) dt_s x_s (outer) B_s
 
 Forward is two kernels. `_pass_states` carries the state of one head through all chunks in registers, in float32, and
-leaves a copy before each chunk (in the precision of x: a matrix product would round it to that anyway). `_chunk_output`
-takes a chunk: C B^T once, then head by head. Backward is two more: `_pass_states` again, from the last chunk to the
-first, carries the gradient of the state; `_chunk_backward` takes a chunk with all that meets it.
+leaves a copy before each chunk (in the precision of x: a matrix product would round it to that anyway).
+`_chunk_output` takes a chunk: C B^T once, then head by head. Backward is two more: `_pass_states` again, from the last
+chunk to the first, carries the gradient of the state; `_chunk_backward` takes a chunk with all that meets it.
 
-Memory sees (a token, in elements; d = heads * headdim, n = d_state): forward reads x and B, writes d n / Q of states,
-reads x, B, C and the states, writes y: 3 d + 2 d n / Q + 3 n. Backward: dy and C, d n / Q out; x, B, C, dy and twice d n / Q
-in, dx, dB and dC out: 4 d + 3 d n / Q + 5 n. At headdim = d_state = Q = 64 that is 5 d and 7 d; the states before chunks
-are kept for the backward (1 d a token), because working them out again would read x again and write as much.
+Memory sees, in elements a token with d = heads * headdim and n = d_state: forward reads x and B and writes d n / Q of
+states, then reads x, B, C and the states and writes y, 3 d + 2 d n / Q + 3 n in all. Backward reads dy and C and writes
+d n / Q, then reads x, B, C, dy, two times d n / Q and the slopes, and writes dx, dB and dC: 5 d + 3 d n / Q + 7 n. The
+states before chunks are kept for the backward: d n / Q, and working them out again would read x again as well.
 
 Every exponential is of a difference masked to be at most zero: a decay can vanish, never overflow. The gradient of a
 log-decay is summed over the pairs of tokens that it lies between, all of them small when the decay is strong, and never
@@ -21,6 +21,8 @@ taken as a difference of running sums.
 
 Shapes in comments: Q = tokens in the chunk, P = headdim, N = d_state; t, s and u number tokens in scan order.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -45,12 +47,22 @@ LARGEST = 128  # of headdim and d_state: tiles beyond it do not fit the shared m
 
 
 @triton.jit
-def _load_tile(pointer, rows, columns, stride, valid):
-    """(rows, columns), zero where a row is not valid."""
-    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=valid[:, None], other=0.0)
+def _tile(pointer, chunk, q, columns, stride, body, REVERSE: tl.constexpr, Q: tl.constexpr):
+    """Pointers to the tokens of a chunk, (Q, columns)."""
+    if REVERSE:
+        return pointer + place(chunk * Q + q, body, REVERSE)[:, None] * stride + columns[None, :]
+    else:
+        # The same, with one 64-bit offset for all: registers are short.
+        return pointer + chunk * Q * stride + (q[:, None] * stride + columns[None, :])
 
 
 @triton.jit
+def _load_tile(pointer, chunk, q, columns, stride, valid, body, REVERSE: tl.constexpr, Q: tl.constexpr):
+    """(Q, columns) of a chunk's tokens, zero where there is none."""
+    return tl.load(_tile(pointer, chunk, q, columns, stride, body, REVERSE, Q), mask=valid[:, None], other=0.0)
+
+
+@triton.jit(do_not_specialize=["chunks", "length", "body"])
 def _pass_states(
     x, B, dt, cs, first, states, last,
     chunks, length, body, heads, x_batch, x_token, x_head, b_batch, b_token,
@@ -61,7 +73,7 @@ def _pass_states(
     program = tl.program_id(0).to(tl.int64)
     sample, head = program // heads, program % heads
     p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    n = tl.arange(0, N)
+    q, n = tl.arange(0, Q), tl.arange(0, N)
     offsets = p[:, None] * N + n[None, :]
     x += sample * x_batch + head * x_head
     B += sample * b_batch
@@ -72,28 +84,27 @@ def _pass_states(
     if FIRST:
         state += tl.load(first + program * P * N + offsets).to(tl.float32)
     for number in range(chunks):
-        chunk = number
+        chunk = tl.cast(number, tl.int64)
         if GRADIENT:
-            chunk = chunks - 1 - number
+            chunk = chunks - 1 - chunk
         tl.store(states + ((sample * chunks + chunk) * heads + head) * P * N + offsets, state.to(low))
-        t = tl.arange(0, Q).to(tl.int64) + chunk * Q
-        rows, valid = place(t, body, REVERSE), t < length
-        decay = tl.load(cs + t)
+        valid = chunk * Q + q < length
+        decay = tl.load(cs + chunk * Q + q)
         total = tl.load(cs + chunk * Q + Q - 1)
         weight = decay
         if not GRADIENT:
             weight = tl.minimum(total - decay, 0.0)
         weight = tl.exp(weight)
         if not GRADIENT:
-            weight *= tl.load(dt + t)
-        written = _load_tile(x, rows, p, x_token, valid).to(tl.float32) * weight[:, None]
-        B_tile = _load_tile(B, rows, n, b_token, valid)
+            weight *= tl.load(dt + chunk * Q + q)
+        written = _load_tile(x, chunk, q, p, x_token, valid, body, REVERSE, Q).to(tl.float32) * weight[:, None]
+        B_tile = _load_tile(B, chunk, q, n, b_token, valid, body, REVERSE, Q)
         state = dot(tl.trans(written.to(low)), B_tile, state * tl.exp(total), PRECISION)
     if LAST:
         tl.store(last + program * P * N + offsets, state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "length", "body", "heads_each"])
 def _chunk_output(
     x, B, C, dt, cs, D, states, y,
     chunks, length, body, heads, heads_each, x_batch, x_token, x_head, b_batch, b_token, y_batch, y_token, y_head,
@@ -103,30 +114,29 @@ def _chunk_output(
     program = tl.program_id(0).to(tl.int64)
     sample, chunk = program // chunks, program % chunks
     q, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
-    t = chunk * Q + q
-    rows, valid = place(t, body, REVERSE), t < length
+    valid = chunk * Q + q < length
     low = x.dtype.element_ty
-    C_tile = _load_tile(C + sample * b_batch, rows, n, b_token, valid)
-    B_tile = _load_tile(B + sample * b_batch, rows, n, b_token, valid)
+    C_tile = _load_tile(C + sample * b_batch, chunk, q, n, b_token, valid, body, REVERSE, Q)
+    B_tile = _load_tile(B + sample * b_batch, chunk, q, n, b_token, valid, body, REVERSE, Q)
     products = dot(C_tile, tl.trans(B_tile), tl.zeros((Q, Q), tl.float32), PRECISION)  # (t, s)
     seen = q[:, None] >= q[None, :]
     first_head = tl.program_id(1).to(tl.int64) * heads_each
     for head in range(first_head, tl.minimum(first_head + heads_each, heads)):
-        at = (sample * heads + head) * chunks * Q + t
-        decay, step = tl.load(cs + at), tl.load(dt + at)
-        x_tile = _load_tile(x + sample * x_batch + head * x_head, rows, p, x_token, valid)
-        state = tl.load(states + (program * heads + head) * P * N + p[:, None] * N + n[None, :])
+        at = ((sample * heads + head) * chunks + chunk) * Q
+        decay, step = tl.load(cs + at + q), tl.load(dt + at + q)
+        x_tile = _load_tile(x + sample * x_batch + head * x_head, chunk, q, p, x_token, valid, body, REVERSE, Q)
+        state = tl.load(states + (program * heads + head) * P * N + (p[:, None] * N + n[None, :]))
         total = dot(C_tile, tl.trans(state), tl.zeros((Q, P), tl.float32), PRECISION) * tl.exp(decay)[:, None]
         between = tl.where(seen, tl.minimum(decay[:, None] - decay[None, :], 0.0), float("-inf"))
         scores = products * tl.exp(between) * step[None, :]
         total = dot(scores.to(low), x_tile, total, PRECISION)
         if SKIP:
             total += tl.load(D + head).to(tl.float32) * x_tile.to(tl.float32)
-        to = y + sample * y_batch + head * y_head + rows[:, None] * y_token + p[None, :]
+        to = _tile(y + sample * y_batch + head * y_head, chunk, q, p, y_token, body, REVERSE, Q)
         tl.store(to, total, mask=valid[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "length", "body", "heads_each"])
 def _chunk_backward(
     x, B, C, dy, dt, cs, A, D, states, dstates, x_slope, B_slope, C_slope, dx, dB, dC, ddt, sums,
     chunks, length, body, heads, heads_each,
@@ -142,83 +152,87 @@ def _chunk_backward(
     program = tl.program_id(0).to(tl.int64)
     sample, chunk = program // chunks, program % chunks
     q, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
-    t = chunk * Q + q
-    rows, valid = place(t, body, REVERSE), t < length
+    valid = chunk * Q + q < length
     low = x.dtype.element_ty
-    B_tile = _load_tile(B + sample * b_batch, rows, n, b_token, valid)
-    C_tile = _load_tile(C + sample * b_batch, rows, n, b_token, valid)
-    products = dot(C_tile, tl.trans(B_tile), tl.zeros((Q, Q), tl.float32), PRECISION)  # (t, s)
+    B_tile = _load_tile(B + sample * b_batch, chunk, q, n, b_token, valid, body, REVERSE, Q)
+    C_tile = _load_tile(C + sample * b_batch, chunk, q, n, b_token, valid, body, REVERSE, Q)
     seen = q[:, None] >= q[None, :]
     before = (q[:, None] < q[None, :]).to(tl.float32).to(low)  # (s, u)
-    dproducts = tl.zeros((Q, Q), tl.float32)
     dB_tile = tl.zeros((Q, N), tl.float32)
     dC_tile = tl.zeros((Q, N), tl.float32)
     first_head = tl.program_id(1).to(tl.int64) * heads_each
     for head in range(first_head, tl.minimum(first_head + heads_each, heads)):
-        at = (sample * heads + head) * chunks * Q
-        decay, step = tl.load(cs + at + t), tl.load(dt + at + t)
-        total = tl.load(cs + at + chunk * Q + Q - 1)
-        dy_tile = _load_tile(dy + sample * dy_batch + head * dy_head, rows, p, dy_token, valid)
-        x_tile = _load_tile(x + sample * x_batch + head * x_head, rows, p, x_token, valid)
-        where = (program * heads + head) * P * N + p[:, None] * N + n[None, :]
-        state = tl.load(states + where)  # before the chunk
-        dstate = tl.load(dstates + where)  # of the state after it
+        where = (program * heads + head) * P * N
+        state = tl.load(states + where + (p[:, None] * N + n[None, :]))  # before the chunk
+        dstate = tl.load(dstates + where + (p[:, None] * N + n[None, :]))  # of the state after it
+        at = ((sample * heads + head) * chunks + chunk) * Q
+        decay, step = tl.load(cs + at + q), tl.load(dt + at + q)
+        total = tl.load(cs + at + Q - 1)
+        from_start, to_end = tl.exp(decay), tl.exp(tl.minimum(total - decay, 0.0))
+        of_total = tl.sum(state.to(tl.float32) * dstate.to(tl.float32)) * tl.exp(total)
+        dy_tile = _load_tile(dy + sample * dy_batch + head * dy_head, chunk, q, p, dy_token, valid, body, REVERSE, Q)
+        x_tile = _load_tile(x + sample * x_batch + head * x_head, chunk, q, p, x_token, valid, body, REVERSE, Q)
 
         # Inside the chunk: y_t = sum_s scores_ts dt_s x_s.
         between = tl.exp(tl.where(seen, tl.minimum(decay[:, None] - decay[None, :], 0.0), float("-inf")))
-        dscores = dot(dy_tile, tl.trans(x_tile), tl.zeros((Q, Q), tl.float32), PRECISION) * step[None, :] * between
-        dproducts += dscores
-        pairs = (dscores * products).to(low)  # the gradient of every cs_t - cs_s
-        scores = (products * between).to(low)
-        dwritten = dot(tl.trans(scores), dy_tile, tl.zeros((Q, P), tl.float32), PRECISION)  # of dt_s x_s
+        # C B^T for every head anew: kept for all of them it would fill a quarter of the registers.
+        scores = between * dot(C_tile, tl.trans(B_tile), tl.zeros((Q, Q), tl.float32), PRECISION)
+        dscores = dot(dy_tile, tl.trans(x_tile), tl.zeros((Q, Q), tl.float32), PRECISION) * step[None, :]
+        pairs = (dscores * scores).to(low)  # the gradient of every cs_t - cs_s
+        dproducts = (dscores * between).to(low)
+        dC_tile = dot(dproducts, B_tile, dC_tile, PRECISION)
+        dB_tile = dot(tl.trans(dproducts), C_tile, dB_tile, PRECISION)
 
         # Out of the state before: y_t += exp(cs_t) H C_t.
-        read = dot(dy_tile, state, tl.zeros((Q, N), tl.float32), PRECISION) * tl.exp(decay)[:, None]
-        dC_tile += read
-        of_read = tl.sum(read * C_tile.to(tl.float32), 1)
+        dy_wide = dy_tile.to(tl.float32) * from_start[:, None]
+        dC_tile = dot(dy_wide.to(low), state, dC_tile, PRECISION)
+        read = dot(C_tile, tl.trans(state), tl.zeros((Q, P), tl.float32), PRECISION)
+        of_read = tl.sum(read * dy_wide, 1)
 
         # Into the state after: sum_s exp(cs_Q - cs_s) dt_s x_s (outer) B_s.
-        to_end = tl.exp(tl.minimum(total - decay, 0.0))
-        kept = dot(B_tile, tl.trans(dstate), tl.zeros((Q, P), tl.float32), PRECISION) * to_end[:, None]
-        of_written = tl.sum(kept * x_tile.to(tl.float32), 1) * step
-        dwritten += kept
-        dB_tile += dot(x_tile, dstate, tl.zeros((Q, N), tl.float32), PRECISION) * (to_end * step)[:, None]
+        x_wide = x_tile.to(tl.float32)
+        dB_tile = dot((x_wide * (to_end * step)[:, None]).to(low), dstate, dB_tile, PRECISION)
+        dwritten = dot(B_tile, tl.trans(dstate), tl.zeros((Q, P), tl.float32), PRECISION) * to_end[:, None]
+        of_written = tl.sum(dwritten * x_wide, 1) * step
+
+        dwritten = dot(tl.trans(scores.to(low)), dy_tile, dwritten, PRECISION)  # the gradient of dt_s x_s
+        of_step = tl.sum(dwritten * x_wide, 1)
 
         # The log-decay of u lies between all s before u and t not before u, between the state before and such t,
         # between such s and the state after, and between the two states.
         between_pairs = dot(pairs, before, tl.zeros((Q, Q), tl.float32), PRECISION)  # (t, u): summed over s before u
-        dlog_decay = tl.sum(tl.where(seen, between_pairs + of_read[:, None], of_written[:, None]), 0)
-        dlog_decay += tl.sum(state.to(tl.float32) * dstate.to(tl.float32)) * tl.exp(total)
+        dlog_decay = of_total + tl.sum(tl.where(seen, between_pairs + of_read[:, None], of_written[:, None]), 0)
 
-        of_step = tl.sum(dwritten * x_tile.to(tl.float32), 1)
-        tl.store(ddt + at + t, of_step + dlog_decay * tl.load(A + head))
+        tl.store(ddt + at + q, of_step + dlog_decay * tl.load(A + head))
         share = sums + (program * heads + head) * 2
         tl.store(share, tl.sum(dlog_decay * step))
         dx_tile = dwritten * step[:, None]
         if SKIP:
-            dx_tile += tl.load(D + head).to(tl.float32) * dy_tile.to(tl.float32)
-            tl.store(share + 1, tl.sum(dy_tile.to(tl.float32) * x_tile.to(tl.float32)))
+            dy_wide = dy_tile.to(tl.float32)
+            dx_tile += tl.load(D + head).to(tl.float32) * dy_wide
+            tl.store(share + 1, tl.sum(dy_wide * x_wide))
         if SLOPE:
-            dx_tile *= _load_tile(x_slope + sample * x_batch + head * x_head, rows, p, x_token, valid).to(tl.float32)
-        to = dx + sample * dx_batch + head * dx_head + rows[:, None] * dx_token + p[None, :]
+            dx_tile *= _load_tile(
+                x_slope + sample * x_batch + head * x_head, chunk, q, p, x_token, valid, body, REVERSE, Q
+            ).to(tl.float32)
+        to = _tile(dx + sample * dx_batch + head * dx_head, chunk, q, p, dx_token, body, REVERSE, Q)
         tl.store(to, dx_tile, mask=valid[:, None])
-    dproducts_low = dproducts.to(low)
-    dC_tile = dot(dproducts_low, B_tile, dC_tile, PRECISION)
-    dB_tile = dot(tl.trans(dproducts_low), C_tile, dB_tile, PRECISION)
     if SLOPE:
-        dB_tile *= _load_tile(B_slope + sample * b_batch, rows, n, b_token, valid).to(tl.float32)
-        dC_tile *= _load_tile(C_slope + sample * b_batch, rows, n, b_token, valid).to(tl.float32)
-    to = tl.program_id(1).to(tl.int64) * db_group + sample * db_batch + rows[:, None] * db_token + n[None, :]
-    tl.store(dB + to, dB_tile, mask=valid[:, None])
-    tl.store(dC + to, dC_tile, mask=valid[:, None])
+        slope = _load_tile(B_slope + sample * b_batch, chunk, q, n, b_token, valid, body, REVERSE, Q)
+        dB_tile *= slope.to(tl.float32)
+        slope = _load_tile(C_slope + sample * b_batch, chunk, q, n, b_token, valid, body, REVERSE, Q)
+        dC_tile *= slope.to(tl.float32)
+    to = tl.program_id(1).to(tl.int64) * db_group + sample * db_batch
+    tl.store(_tile(dB + to, chunk, q, n, db_token, body, REVERSE, Q), dB_tile, mask=valid[:, None])
+    tl.store(_tile(dC + to, chunk, q, n, db_token, body, REVERSE, Q), dC_tile, mask=valid[:, None])
 
 
 def check_sizes(headdim: int, d_state: int) -> None:
     for name, size in (("headdim", headdim), ("d_state", d_state)):
         if not 16 <= size <= LARGEST or size & (size - 1):
             raise UserError(
-                f"{name} is {size}, the Triton kernels take powers of two from 16 to {LARGEST}; choose one of these, or "
-                "implementation='torch'"
+                f"{name} is {size}, the Triton kernels take powers of two from 16 to {LARGEST}; "
+                "choose one of these, or implementation='torch'"
             )
 
 
@@ -232,7 +246,7 @@ def number_of_chunks(length: int, chunk_size: int) -> int:
     return -(-length // chunk_size)
 
 
-class Sequence:
+class Tokens:
     """The tokens of a scan: x (batch, length, heads, headdim), B and C (batch, length, d_state), dense at the end."""
 
     def __init__(
@@ -284,14 +298,14 @@ class Sequence:
         )  # fmt: skip
 
     def backward(
-        self, dy: Tensor, A: Tensor, D: Tensor | None, states: Tensor, dstates: Tensor, dx: Tensor, dB: Tensor, dC: Tensor,
+        self, dy: Tensor, A: Tensor, D: Tensor | None, states: Tensor, dstates: Tensor,
+        dx: Tensor, dB: Tensor, dC: Tensor,
         slopes: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Write dx, dB and dC, ordered as x; return the gradients of dt, (batch, heads, padded length), and of A and D.
-
-        With ``slopes``, laid out as x, B and C, dx, dB and dC are multiplied by them.
+        """Write dx, dB and dC, ordered as x; return the gradients of dt, laid out as it is, and of A and D.
 
         The latter are (heads, 2), float32; without D its column means nothing. dB and dC have equal strides.
+        The slopes, laid out as x, B and C, are factors of dx, dB and dC.
         """
         many = self.groups > 1
         if many:  # a partial sum of each group of heads
@@ -338,9 +352,13 @@ def ssd_scan(
 
 
 def kept_shapes(
-    batch: int, length: int, heads: int, headdim: int, d_state: int, chunk_size: int, want_final: bool, keep: bool
+    sizes: Sequence[int], chunk_size: int, want_final: bool, keep: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the final state and of the states before chunks; empty where not wanted."""
+    """Of the final state and of the states before chunks; empty where not wanted.
+
+    sizes: batch, length, heads, headdim and d_state.
+    """
+    batch, length, heads, headdim, d_state = sizes
     chunks = number_of_chunks(length, chunk_size)
     return (
         (batch, heads, headdim, d_state) if want_final else (0,),
@@ -364,25 +382,25 @@ def _ssd_scan(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and with ``keep`` the states before each chunk (else empty)."""
-    sequence = _sequence(x, dt, A, B, C, chunk_size, reverse, suffix)
+    tokens = _tokens(x, dt, A, B, C, chunk_size, reverse, suffix)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    shape, _ = kept_shapes(*x.shape, B.shape[2], chunk_size, want_final, keep)
+    shape, _ = kept_shapes((*x.shape, B.shape[2]), chunk_size, want_final, keep)
     final = torch.empty(shape, dtype=torch.float32, device=x.device)
-    states = sequence.pass_states(sequence.x, sequence.B, initial_state, final if want_final else None, False)
-    sequence.output(states, D, y)
+    states = tokens.pass_states(tokens.x, tokens.B, initial_state, final if want_final else None, False)
+    tokens.output(states, D, y)
     return y, final, states if keep else x.new_empty(0)
 
 
-def _sequence(x, dt, A, B, C, chunk_size: int, reverse: bool, suffix: int) -> Sequence:
+def _tokens(x, dt, A, B, C, chunk_size: int, reverse: bool, suffix: int) -> Tokens:
     x, B, C, dt = (rows_in_memory(tensor) for tensor in (x, B, C, dt))
-    return Sequence(
+    return Tokens(
         x, B, C, *steps(dt, None, A.float().contiguous(), chunk_size, reverse, suffix), chunk_size, reverse, suffix
     )
 
 
 @_ssd_scan.register_fake
 def _(x, dt, A, B, C, D, initial_state, reverse, suffix, chunk_size, want_final, keep):
-    final, states = kept_shapes(*x.shape, B.shape[2], chunk_size, want_final, keep)
+    final, states = kept_shapes((*x.shape, B.shape[2]), chunk_size, want_final, keep)
     return x.new_empty(x.shape), x.new_empty(final, dtype=torch.float32), x.new_empty(states)
 
 
@@ -403,12 +421,12 @@ def _ssd_scan_backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C, D and initial_state, each in its dtype; empty for an absent one."""
-    sequence = _sequence(x, dt, A, B, C, chunk_size, reverse, suffix)
+    tokens = _tokens(x, dt, A, B, C, chunk_size, reverse, suffix)
     dy = rows_in_memory(dy)
     dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
-    dstates = sequence.pass_states(dy, sequence.C, dfinal, dinitial, True)
-    dsteps, sums = sequence.backward(dy, A.float().contiguous(), D, states, dstates, dx, dB, dC)
+    dstates = tokens.pass_states(dy, tokens.C, dfinal, dinitial, True)
+    dsteps, sums = tokens.backward(dy, A.float().contiguous(), D, states, dstates, dx, dB, dC)
     steps_backward(dsteps, dt, None, ddt, chunk_size, reverse, suffix)
     return (
         dx,
@@ -443,35 +461,27 @@ def _backward(ctx, dy, dfinal, _):
 _ssd_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
-def matrix_flops(
-    batch: int, length: int, heads: int, headdim: int, d_state: int, chunk_size: int
-) -> tuple[int, int, int, int]:
-    """FLOPs of one product of each kind that the kernels do, on whole chunks.
-
-    C B^T (once a group of heads), scores times x, pairs times pairs, and a pass over the states.
-    """
-    chunks = number_of_chunks(length, chunk_size)
-    tokens = 2 * batch * chunks * chunk_size
-    products = tokens * chunk_size * d_state * head_groups(batch * chunks, heads)
-    each_head = tokens * heads
-    return products, each_head * chunk_size * headdim, each_head * chunk_size**2, each_head * headdim * d_state
+def forward_flops(sizes: Sequence[int], chunk_size: int) -> int:
+    """Of the matrix products, on whole chunks: C B^T for a group of heads, scores times x, two with the states."""
+    batch, length, heads, headdim, d_state = sizes
+    chunks = batch * number_of_chunks(length, chunk_size)
+    products = head_groups(chunks, heads) * chunk_size * d_state
+    return 2 * chunks * chunk_size * (products + heads * (chunk_size * headdim + 2 * headdim * d_state))
 
 
-def forward_flops(*sizes: int) -> int:
-    products, inside, _, states = matrix_flops(*sizes)
-    return products + inside + 2 * states
-
-
-def backward_flops(*sizes: int) -> int:
-    products, inside, pairs, states = matrix_flops(*sizes)
-    return 3 * products + 2 * inside + pairs + 4 * states
+def backward_flops(sizes: Sequence[int], chunk_size: int) -> int:
+    """Of a head's products: C B^T and its two gradients, two with dy, one of pairs, five with the states."""
+    batch, length, heads, headdim, d_state = sizes
+    number = batch * number_of_chunks(length, chunk_size) * chunk_size
+    inside = chunk_size * (3 * d_state + 2 * headdim + chunk_size)
+    return 2 * number * heads * (inside + 5 * headdim * d_state)
 
 
 @register_flop_formula(torch.ops.patchscale.ssd_scan_triton)
 def _forward_flops(x, dt, A, B, *args, out_shape=None, **kwargs) -> int:
-    return forward_flops(*x, B[2], args[5])
+    return forward_flops((*x, B[2]), args[5])
 
 
 @register_flop_formula(torch.ops.patchscale.ssd_scan_triton_backward)
 def _backward_flops(dy, dfinal, x, dt, A, B, *args, out_shape=None, **kwargs) -> int:
-    return backward_flops(*x, B[2], args[-1])
+    return backward_flops((*x, B[2]), args[-1])

@@ -1,8 +1,8 @@
 """Step sizes, and the running sums of their log-decays within chunks.
 
 They are few (one a head and token) and read by every kernel of the scan, so they are worked out once, in float32, and
-laid out by head: (batch, heads, chunks * chunk size), in scan order. What stands beyond the last token does nothing: its
-step is 0 and its sum that of the whole chunk.
+laid out by head: (batch, heads, chunks * chunk size), in scan order. What stands beyond the last token does nothing:
+its step is 0 and its sum that of the whole chunk.
 """
 
 import triton
@@ -27,7 +27,7 @@ def _softplus(v):
     return tl.maximum(v, 0.0) + 2.0 * s * series
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "body", "chunks", "raw_batch"])
 def _steps(
     raw, bias, A, dt, cs, length, body, heads, chunks, raw_batch, raw_token,
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
@@ -50,7 +50,7 @@ def _steps(
     tl.store(cs + offsets, decay, mask=known[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "body", "chunks", "raw_batch", "draw_batch"])
 def _steps_backward(
     raw, bias, ddt, draw, sums, length, body, heads, chunks, raw_batch, raw_token, draw_batch, draw_token,
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,

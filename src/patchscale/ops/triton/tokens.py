@@ -1,4 +1,8 @@
-"""How kernels find tokens, and how they are launched."""
+"""How kernels find tokens, and how they are launched.
+
+Numbers that change with the batch or the length are kernel arguments that Triton does not specialise on: a new length
+finds the kernels compiled.
+"""
 
 import math
 from typing import Any
@@ -38,7 +42,7 @@ def load_rows(pointer, rows, columns, stride, valid, width):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """a @ b + acc. Triton's interpreter has no bfloat16 products; "interpreted" gives it the same numbers as float32."""
+    """a @ b + acc. Triton's interpreter has no product of bfloat16: "interpreted" hands it the numbers as float32."""
     if PRECISION == "interpreted":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc=acc, input_precision="ieee")
     else:
@@ -62,8 +66,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stage
 
 
 def rows_in_memory(x: Tensor) -> Tensor:
-    """The tensor itself if the last dimension is dense, else a copy that is."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """(batch, tokens, ...) as it is, or a copy, if the last dimension is not dense or tokens lie too far apart.
+
+    Within a chunk of up to 256 tokens, offsets from its first token are 32-bit.
+    """
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**23 else x.contiguous()
 
 
 def aligned(*strides: int) -> tuple[int, ...]:

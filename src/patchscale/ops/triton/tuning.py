@@ -1,9 +1,8 @@
 """How large the blocks of the scan's kernels are, by precision and shape.
 
-A table is shipped, and nothing is timed at the first call. The table's numbers have not been timed: they are starting
-points, chosen so that the kernels compiled for compute capability 9.0 keep their tiles in registers and fit the shared
-memory. :func:`tune` times the alternatives on the GPU at hand and keeps the winner in the user's cache, from where it is
-read from then on.
+A table is shipped, and nothing is timed at the first call. Its numbers have not been timed either: they are starting
+points, chosen by what the compiler says of registers and shared memory for compute capability 9.0. :func:`tune` times
+the alternatives on the GPU at hand and keeps the winner in the user's cache, from where it is read from then on.
 """
 
 import dataclasses
@@ -12,6 +11,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +31,7 @@ class Config:
     pass_stages: int = 3
     output_warps: int = 4
     output_stages: int = 2
-    backward_warps: int = 8
+    backward_warps: int = 4
     backward_stages: int = 1
 
 
@@ -73,9 +73,7 @@ def _start(dtype: torch.dtype, headdim: int, d_state: int) -> Config:
     largest = max(headdim, d_state) * dtype.itemsize
     if largest <= 128:
         return Config()
-    return Config(
-        chunk=32 if largest <= 256 else 16, pass_headdim=32, pass_stages=2, output_stages=1
-    )
+    return Config(chunk=32 if largest <= 256 else 16, pass_headdim=32, pass_stages=2, output_stages=1)
 
 
 @torch.compiler.assume_constant_result
@@ -193,17 +191,16 @@ def _milliseconds(
     batch, length, heads = shape
     d_inner = heads * headdim
     conv_dim = d_inner + 2 * d_state
-    on = {"device": device}
-    projected = torch.randn(batch, length, d_inner + conv_dim + heads, dtype=dtype, **on).requires_grad_()
-    parameters = [
-        torch.randn(conv_dim, 4, **on), torch.randn(conv_dim, **on), torch.randn(heads, **on) - 4,
-        -torch.rand(heads, **on) * 15 - 1, torch.ones(heads, **on), torch.ones(d_inner, **on),
-    ]  # fmt: skip
-    parameters = [p.requires_grad_() for p in parameters]
-    gradient = torch.randn(batch, length, d_inner, dtype=dtype, **on)
+    projected = torch.randn(batch, length, d_inner + conv_dim + heads, dtype=dtype, device=device)
+    shapes = ((conv_dim, 4), (conv_dim,), (heads,), (heads,), (heads,), (d_inner,))
+    conv_weight, conv_bias, dt_bias, A, D, norm_weight = (torch.rand(s, device=device) for s in shapes)
+    tensors = [projected, conv_weight, conv_bias, dt_bias - 4, -1 - 15 * A, D, norm_weight]
+    tensors = [t.requires_grad_() for t in tensors]
+    gradient = torch.randn(batch, length, d_inner, dtype=dtype, device=device)
+    arguments: tuple[Any, ...] = (*tensors, None, None, True, 1, 1e-5, False)
 
     def step() -> None:
-        out, _ = mix_tokens(projected, *parameters, None, None, True, 1, 1e-5, False)
-        torch.autograd.grad(out, [projected, *parameters], gradient)
+        out, _ = mix_tokens(*arguments)
+        torch.autograd.grad(out, tensors, gradient)
 
     return do_bench(step, return_mode="median")
