@@ -13,7 +13,7 @@ one matrix M = C B^T, masked, and a chunk is three matrix products, whatever the
     G' = exp(cs_Q - c + c') (G + B^T X')      with c' of the next chunk
 
 With c in the middle of the chunk's decays, the factors stay far from the ends of the number format as long as a head
-decays by less than exp(78) in a chunk. Heads that decay more are left out, and computed pair by pair (`pairwise.py`).
+decays by less than exp(120) in a chunk. Heads that decay more are left out, and computed pair by pair (`pairwise.py`).
 
 Chunks are taken a few at a time, as many as fit the cache: only the passing on of states is one after the other.
 
@@ -49,6 +49,7 @@ class Block(NamedTuple):
     first: int  # its first chunk's number, counted as tokens stand
     reverse: bool
     seen: Tensor  # (t, s): 1 where s is not after t in scan order, else 0
+    unseen: Tensor  # the opposite, as truth values
 
     @property
     def tokens(self) -> slice:
@@ -124,7 +125,8 @@ def plan(
         if (size, right) not in seen:
             ones = torch.ones(size, size, dtype=dtype, device=device)
             seen[size, right] = ones.triu() if right else ones.tril()
-        blocks.append(Block(bounds[first][0], bounds[max(run)][1], len(run), first, right, seen[size, right]))
+        mask = seen[size, right]
+        blocks.append(Block(bounds[first][0], bounds[max(run)][1], len(run), first, right, mask, mask == 0))
     return Plan(
         len(bounds),
         tuple(blocks),
@@ -230,8 +232,11 @@ class Scan:
         self.to_next = padded_middle[:, following].exp().to(dt.dtype)  # (b, chunks, h): from H to G of the next chunk
         self.to_first = padded_middle[:, plan.first].exp().to(dt.dtype)  # (b, h)
         passed_on = self.total - middle + padded_middle[:, following]
+        # Below this, exp is no normal number: the rest is multiplied after it.
         floor = 0.9 * math.log(torch.finfo(dt.dtype).tiny)
+        rest = passed_on - passed_on.clamp(min=floor)
         self.pass_on = passed_on.clamp_(min=floor).exp_().to(dt.dtype)  # (b, chunks, h)
+        self.pass_on_rest = rest.exp_().to(dt.dtype) if bool(rest.any()) else None
         from_middle = self.cs - middle[:, plan.chunk_of]
         if any_strong:
             hidden = strong[plan.chunk_of]  # (length, h)
@@ -303,6 +308,8 @@ class Scan:
             after = strong.written[:, j].addcmul(strong.whole[:, j], self._strong_heads(before, i))
         torch.baddbmm(before, buffers.B_by_chunk[j], buffers.written_by_chunk[j], out=target)
         self._by_head(target).mul_(self.pass_on[:, number, None, :, None])
+        if self.pass_on_rest is not None:
+            self._by_head(target).mul_(self.pass_on_rest[:, number, None, :, None])
         if strong is not None:
             self._set_strong_heads(target, i, after.mul_(strong.to_next[:, j]))
 
@@ -385,6 +392,8 @@ class Scan:
                 dtotal[:, j] = buffers.spare_state.sum(1).unflatten(1, self.heads).sum(2)
             pass_on = self.pass_on[:, block.first + j, None, :, None]
             torch.mul(self._by_head(self.grad_state), pass_on, out=self._by_head(buffers.grad_states[j]))
+            if self.pass_on_rest is not None:
+                self._by_head(buffers.grad_states[j]).mul_(self.pass_on_rest[:, block.first + j, None, :, None])
             torch.baddbmm(
                 buffers.grad_states[j], buffers.C_by_chunk[j], buffers.grad_read_by_chunk[j], out=self.grad_state
             )
@@ -394,10 +403,10 @@ class Scan:
             next_state = states[:, j]
 
         # dM = dP X'^T, dC = dP G^T + dM B and dB = X' dG^T + dM^T C, summed over heads by the product itself; all in
-        # one, with dG G^T for nothing: libraries are slow at narrow products of this kind.
+        # one, with dG G^T for nothing: libraries are slow at narrow products of this kind. What is masked may be infinite.
         buffers.rows[:, :, :n] = states
         gram = torch.bmm(buffers.flat_grad_rows, buffers.flat_rows.transpose(1, 2), out=buffers.gram)
-        dproducts = gram[:, n:, n:].mul_(block.seen)
+        dproducts = gram[:, n:, n:].masked_fill_(block.unseen, 0.0)
         dC = gram[:, n:, :n].baddbmm_(dproducts, buffers.flat_B)
         dB = torch.baddbmm(gram[:, :n, n:].transpose(1, 2), dproducts.transpose(1, 2), buffers.flat_C)
 
@@ -451,13 +460,13 @@ def _sum_last(product: Tensor) -> Tensor:
 
 
 def _factor_range(size: int, dtype: torch.dtype) -> float:
-    """The log-decay of a chunk of so many tokens up to which it may be cut into factors: 78 in float32.
+    """The log-decay of a chunk of so many tokens up to which it may be cut into factors: 120 in float32.
 
-    The factors then stay within exp(39) either way, 1e17, and a state is passed on by exp(-78) at least, no subnormal.
-    A gradient of a decay is a difference of numbers that know nothing of that decay, and loses as many digits as it
-    has: hence no more than 8 a token.
+    The factors then stay within exp(60) either way, 1e26, so that what they multiply may be 1e11 times as large as 1
+    and as small. A gradient of a decay is a difference of numbers that know nothing of that decay, and loses as many
+    digits as it has: hence no more than 8 a token.
     """
-    return min(0.88 * math.log(torch.finfo(dtype).max), 8.0 * size)
+    return min(1.35 * math.log(torch.finfo(dtype).max), 8.0 * size)
 
 
 @torch.library.custom_op("patchscale::ssd_scan", mutates_args=())
