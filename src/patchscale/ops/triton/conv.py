@@ -48,7 +48,7 @@ def _load_tokens(
     return value
 
 
-@triton.jit(do_not_specialize=["length", "body", "blocks", "x_batch", "h_batch", "o_batch"])
+@triton.jit(do_not_specialize=["length", "body", "blocks", "x_batch"])
 def _convolve(
     x, history, weight, bias, out, slope,
     length, body, channels, blocks, x_batch, x_token, h_batch, h_token, o_batch, o_token,
@@ -78,7 +78,7 @@ def _convolve(
         tl.store(slope + to, opening * (1.0 + value * (1.0 - opening)), mask=mask)
 
 
-@triton.jit(do_not_specialize=["length", "body", "splits", "blocks", "x_batch", "h_batch", "g_batch", "dx_batch"])
+@triton.jit(do_not_specialize=["length", "body", "splits", "blocks", "x_batch", "dx_batch"])
 def _convolve_backward(
     x, history, weight, gradient, dx, dhistory, sums,
     length, body, channels, splits, blocks, x_batch, x_token, h_batch, h_token, g_batch, g_token, dx_batch, dx_token,
