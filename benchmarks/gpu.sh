@@ -26,7 +26,9 @@ names=$(printf ',adventurer_base_patch%s_224' 16 8 4 2 1)
 if [[ $what == train || $what == all ]]; then
     bench train train --model "${names#,}" --batch 256,64,16,4,1 --peers vit,mamba-ssm
 fi
-# What torch.compile adds; compiling takes minutes.
+# What torch.compile, CUDA graphs and float8 add; compiling takes minutes. Who is not installed is left out.
 if [[ $what == compiled || $what == all ]]; then
-    bench compiled train --model adventurer_base_patch16_224,adventurer_base_patch1_224 --batch 256,1 --peers compiled
+    bench compiled train --model adventurer_base_patch16_224,adventurer_base_patch1_224 --batch 256,1 \
+        --peers compiled,float8
+    bench graphed model --model adventurer_tiny_patch16_224,adventurer_base_patch16_224 --batch 1 --peers compiled,graphed
 fi

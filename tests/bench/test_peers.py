@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from patchscale.bench import peers
 from patchscale.bench.cases import Case, ours
 from patchscale.bench.cells import comparable_result, relative_error
-from patchscale.models.block import Mamba2Mixer
+from patchscale.models.block import Block, Mamba2Mixer
 from patchscale.ops.reference import ssd_scan_reference
 
 
@@ -48,6 +48,22 @@ def test_gpu_peers_are_missing_on_a_cpu_and_others_where_not_installed(monkeypat
     assert "GPU" in peers.missing("mamba-ssm", cpu)
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     assert "fla is not installed (pip install fla-core)" in peers.missing("fla", cuda)
+
+
+def test_float8_takes_the_layers_that_the_hardware_can():
+    pytest.importorskip("torchao")
+    block = Block(256, 64, 64, 2, False, 0.0)
+    peers.to_float8(block)
+    assert {name for name, m in block.named_modules() if type(m).__name__ == "Float8Linear"} == {
+        "mixer.out_proj", "mlp.w1", "mlp.w2", "mlp.w3",
+    }  # fmt: skip
+    assert type(block.mixer.in_proj) is torch.nn.Linear  # 1,160 wide
+
+
+@pytest.mark.parametrize("name", ["graphed", "float8"])
+def test_other_forms_for_a_gpu_alone_are_not_measured_on_a_cpu(name):
+    assert name not in peers.DEFAULT_PEERS
+    assert "GPU" in peers.missing(name, torch.device("cpu"))
 
 
 def test_nan_is_a_disagreement():

@@ -54,8 +54,9 @@ class Options:
     """How a benchmark runs.
 
     Attributes:
-        peers: Whom to measure beside: transformers, vit, mamba-ssm, fla, compiled (this project through torch.compile),
-            none; by default all that are installed and run on the device, less compiled.
+        peers: Whom to measure beside: transformers, vit, mamba-ssm, fla, none, or this project's own other forms,
+            compiled (torch.compile), graphed (CUDA graphs) and float8 (torchao); by default all others that are
+            installed and run on the device.
         tokens: Numbers of tokens, such as 196,784,3136,12544,50176.
         heads: Scan heads of 64 channels, for ops; 8,24 by default.
         decay: The scan's decays, for ops: fresh (as before training), mild (no head decays strongly), or both by

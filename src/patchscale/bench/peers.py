@@ -146,18 +146,45 @@ def _deit(case: Case) -> Candidate:
     return of_module(case, vit, comparable=False)
 
 
-# compiled: this project through torch.compile.
+# compiled, graphed, float8: this project's own other forms.
 
 
-def _compiled(case: Case) -> Candidate:
+def _compiled(case: Case, mode: str | None = None) -> Candidate:
+    return of_module(case, _compile(case, MODULES[case.subject](case), mode))
+
+
+def _compile(case: Case, module: nn.Module, mode: str | None = None) -> nn.Module:
     torch._dynamo.reset()  # else it makes sizes dynamic, and gives up after some
+    for part in module.layers if case.checkpointing else [module]:  # type: ignore[union-attr]
+        part.compile(mode=mode)
+    return module
+
+
+def _graphed(case: Case) -> Candidate:
+    return _compiled(case, "reduce-overhead")
+
+
+def _float8(case: Case) -> Candidate:
     module = MODULES[case.subject](case)
-    if not case.checkpointing:
-        module.compile()
-    else:
-        for layer in module.layers:
-            layer.compile()
-    return of_module(case, module)
+    to_float8(module)
+    return of_module(case, _compile(case, module), comparable=False)
+
+
+def to_float8(module: nn.Module) -> None:
+    """Have torchao compute linear layers in float8, where both sides are multiples of 16, as the hardware wants.
+
+    Raises:
+        Failed: torchao cannot be imported.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except Exception as e:
+        raise Failed(f"cannot be imported: {first_line(e)}") from e
+    convert_to_float8_training(
+        module,
+        config=Float8LinearConfig(pad_inner_dim=True),  # the mean token is one row a sample
+        module_filter_fn=lambda m, name: isinstance(m, nn.Linear) and not (m.in_features % 16 or m.out_features % 16),
+    )
 
 
 # mamba-ssm: the published code's kernels.
@@ -315,6 +342,21 @@ PEERS: dict[str, Peer] = {
         makes=dict.fromkeys(("mixer", "block", "model", "step"), _compiled),
         remark="this project through torch.compile",
     ),
+    "graphed": Peer(
+        "torch",
+        "pip install torch",
+        gpu_only=True,
+        makes=dict.fromkeys(("mixer", "block", "model", "step"), _graphed),
+        remark="this project through torch.compile(mode='reduce-overhead'), which captures CUDA graphs",
+    ),
+    "float8": Peer(
+        "torchao",
+        "pip install torchao",
+        gpu_only=True,
+        makes=dict.fromkeys(("block", "model", "step"), _float8),
+        remark="this project compiled, its linear layers in float8 (torchao) where their sides are multiples of 16; "
+        "another function, and not compared",
+    ),
 }
-# Without --peers, all but this project's own other form.
-DEFAULT_PEERS = tuple(name for name in PEERS if name != "compiled")
+# Without --peers, all but this project's own other forms.
+DEFAULT_PEERS = tuple(name for name in PEERS if name not in ("compiled", "graphed", "float8"))
