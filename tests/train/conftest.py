@@ -25,7 +25,7 @@ def recipe(tmp_path):
             "embed_dim": 32,
             "depth": 2,
             "epochs": 3,
-            "batch_size": 32,
+            "global_batch": 32,
             "lr": 4e-3,
             "hflip": 0.0,
             "crop_scale": (0.8, 1.0),

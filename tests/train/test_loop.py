@@ -60,7 +60,7 @@ def test_the_average_of_the_weights_is_evaluated_and_kept(recipe):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_resumed_after_an_epoch_ends_with_the_same_weights(recipe, tmp_path, workers):
-    settings = {"mixup": 0.8, "cutmix": 1.0, "ema_decay": 0.9, "drop_path": 0.1, "accumulate": 2, "workers": workers}
+    settings = {"mixup": 0.8, "cutmix": 1.0, "ema_decay": 0.9, "drop_path": 0.1, "device_batch": 16, "workers": workers}
     whole = train(recipe(**settings, output=tmp_path / "whole"))
     interrupted = recipe(**settings, output=tmp_path / "parts")
     with pytest.raises(KeyboardInterrupt):
@@ -85,7 +85,7 @@ def test_rows_of_epochs_that_are_run_again_are_not_kept_twice(recipe):
 
 def test_accumulation_and_checkpointing_change_memory_and_not_the_result(recipe, tmp_path):
     plain = train(recipe(epochs=1, output=tmp_path / "a"))
-    parts = train(recipe(epochs=1, accumulate=4, output=tmp_path / "b"))
+    parts = train(recipe(epochs=1, device_batch=8, output=tmp_path / "b"))
     recomputed = train(recipe(epochs=1, grad_checkpointing=True, output=tmp_path / "c"))
     assert parts.reports[0].train_loss == pytest.approx(plain.reports[0].train_loss, rel=1e-4)
     assert recomputed.reports[0].train_loss == pytest.approx(plain.reports[0].train_loss, rel=1e-5)
@@ -146,7 +146,7 @@ def broken_folder(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_stops_training_by_name(recipe, broken_folder, workers):
     with pytest.raises(UserError, match=r"cannot read .*cat/2\.png.*--skip-unreadable"):
-        train(recipe(data=f"folder:{broken_folder}", limit_train=None, batch_size=2, workers=workers))
+        train(recipe(data=f"folder:{broken_folder}", limit_train=None, global_batch=2, workers=workers))
 
 
 def test_unreadable_images_are_left_out_on_request_and_said_once(recipe, broken_folder):
@@ -157,7 +157,7 @@ def test_unreadable_images_are_left_out_on_request_and_said_once(recipe, broken_
             self.notes += (text,)
 
     observer = Notes()
-    settings = {"data": f"folder:{broken_folder}", "limit_train": None, "batch_size": 2, "skip_unreadable": True}
+    settings = {"data": f"folder:{broken_folder}", "limit_train": None, "global_batch": 2, "skip_unreadable": True}
     result = train(recipe(**settings, epochs=2), observer=observer)
     assert len(result.reports) == 2
     assert len(observer.notes) == 1
@@ -167,7 +167,7 @@ def test_unreadable_images_are_left_out_on_request_and_said_once(recipe, broken_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 1000}, "--batch-size is 1000, more than the 320 images"),
+        ({"global_batch": 1000}, "--global-batch is 1000, more than the 320 images"),
         ({"patch_size": 3}, "nearest sizes that fit: 6x6 or 9x9"),
         ({"embed_dim": 20}, "headdim"),
         ({"device": "nonsense"}, "device 'nonsense'"),

@@ -16,9 +16,10 @@ def test_a_recipe_survives_json():
     ("field", "value", "flag"),
     [
         ("epochs", 0, "--epochs"),
-        ("batch_size", -1, "--batch-size"),
+        ("global_batch", -1, "--global-batch"),
+        ("device_batch", 0, "--device-batch"),
         ("lr", 0.0, "--lr"),
-        ("accumulate", 65, "--accumulate"),
+        ("layer_decay", 1.5, "--layer-decay"),
         ("crop_scale", (0.5, 0.2), "--crop-scale"),
         ("hflip", 1.5, "--hflip"),
         ("drop_path", -0.1, "--drop-path"),

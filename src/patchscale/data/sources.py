@@ -1,6 +1,7 @@
 """Data sets by name: ``digits``, ``cifar100:PATH``, ``folder:PATH``, or any name that timm's factory knows."""
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset, Subset
 
+from patchscale.data.sampling import Draw
 from patchscale.errors import UserError, first_line
 
 Split = Literal["train", "val"]
@@ -218,7 +220,10 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 
 class Transformed(Dataset):
-    """A source's images as tensors; ``[i]`` is (tensor, class index), or an :class:`Unreadable`."""
+    """A source's images as tensors; ``[i]`` is (tensor, class index), or an :class:`Unreadable`.
+
+    An index that is a :class:`Draw` seeds the random numbers of its augmentation, in whichever process it is made.
+    """
 
     def __init__(self, source: Source, transform: Transform) -> None:
         self.dataset, self.transform = source.dataset, transform
@@ -227,7 +232,12 @@ class Transformed(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | Unreadable:
+    def __getitem__(self, item: int | Draw) -> tuple[torch.Tensor, int] | Unreadable:
+        if isinstance(item, Draw):
+            random.seed(item.seed)
+            np.random.seed(item.seed)
+            torch.default_generator.manual_seed(item.seed)
+        index = item.image if isinstance(item, Draw) else item
         try:
             image, label = self.dataset[index]
             image = image.convert(self.mode)

@@ -56,7 +56,7 @@ class Classification:
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy, in nats."""
-        return F.cross_entropy(model(images).float(), targets, label_smoothing=self.smoothing)
+        return F.cross_entropy(_float(model(images)), targets, label_smoothing=self.smoothing)
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Scores:
@@ -69,7 +69,7 @@ class Classification:
         model.eval()
         top1 = top5 = loss = images_seen = 0.0
         for images, labels in batches:
-            logits = model(images).float()
+            logits = _float(model(images))
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             top1 += best[:, 0].sum().item()
@@ -80,3 +80,8 @@ class Classification:
             raise UserError("there is no readable image to evaluate on")
         share = 100 / images_seen
         return Scores(top1 * share, top5 * share, loss / images_seen, int(images_seen))
+
+
+def _float(logits: Tensor) -> Tensor:
+    """In float32, or more where they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""From a recipe to the parts of its run: folder, data, model, optimiser, schedule."""
+"""From a recipe to the parts of its run: folder, data, model."""
 
 import difflib
 import time
@@ -9,11 +9,10 @@ from typing import Any
 import timm
 import torch
 from timm.layers import to_2tuple
-from timm.optim import param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
+from patchscale.data.sampling import EpochSampler
 from patchscale.data.sources import Source, Transform, Transformed, Unreadable, collate, open_source
 from patchscale.data.transforms import Preprocessing
 from patchscale.errors import UserError
@@ -91,14 +90,14 @@ def make_loader(
     batch_size: int,
     workers: int | None,
     device: torch.device,
-    training: bool = False,
+    sampler: EpochSampler | None = None,
 ) -> DataLoader:
-    """Batches of (images, labels, unreadable); shuffled and without the incomplete last one for training."""
+    """Batches of (images, labels, unreadable); a sampler is for training, without the incomplete last batch."""
     return DataLoader(
         Transformed(source, transform),
         batch_size,
-        shuffle=training,
-        drop_last=training,
+        sampler=sampler,
+        drop_last=sampler is not None,
         num_workers=default_workers(device) if workers is None else workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
@@ -117,26 +116,6 @@ def refuse_or_note(item: Unreadable, skip: bool, note: Callable[[str], None]) ->
             f"cannot read {item.path}: {item.reason}; repair or remove it, or pass --skip-unreadable to leave it out"
         )
     note(f"left out {item.path}: {item.reason}")
-
-
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with the published groups: no decay of one-dimensional parameters, positions and the class token."""
-    skipped = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=skipped)
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> CosineLRScheduler:
-    """Linear warm-up, then half a cosine over the whole run, per step."""
-    warmup = min(5, recipe.epochs / 10) if recipe.warmup_epochs is None else recipe.warmup_epochs
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=recipe.epochs * steps_per_epoch,
-        lr_min=recipe.min_lr,
-        warmup_t=int(warmup * steps_per_epoch),
-        warmup_lr_init=recipe.warmup_lr,
-        t_in_epochs=False,
-    )
 
 
 def run_folder(recipe: Recipe, resume: Path | None) -> Path:

@@ -81,15 +81,16 @@ def evaluate(
         raise UserError(f"the model takes {loaded.preprocessing.channels} channels, the data has {source.channels}")
     if source.note:
         note(source.note)
-    batch_size = batch_size or (recipe.batch_size if recipe else 64)
+    batch_size = batch_size or (recipe.images_at_once if recipe else 64)
     precision = precision or (recipe.precision if recipe else "32-true")
-    model = loaded.model.to(place)
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    model = loaded.model.to(place, dtype)
     task = Classification(len(source.classes))
 
     def score(images: Source) -> Scores:
         loader = make_loader(images, loaded.preprocessing.transform(), batch_size, workers, place)
         with autocast(place, precision):
-            return task.evaluate(model, _batches(loader, place, skip_unreadable, note, progress))
+            return task.evaluate(model, _batches(loader, place, dtype, skip_unreadable, note, progress))
 
     trials: dict[Flip, Scores] = {}
     if flip == "auto":
@@ -108,6 +109,7 @@ def evaluate(
 def _batches(
     loader: DataLoader,
     device: torch.device,
+    dtype: torch.dtype,
     skip_unreadable: bool,
     note: Callable[[str], None],
     progress: Callable[[int, int], None],
@@ -119,5 +121,5 @@ def _batches(
             refuse_or_note(item, skip_unreadable, note)
         done += len(labels) + len(unreadable)
         if len(labels):
-            yield images.to(device), labels.to(device)
+            yield images.to(device, dtype), labels.to(device)
         progress(done, total)

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from patchscale.data.sources import Source, Transform, Unreadable
+from patchscale.data.sampling import EpochSampler, seed_words
+from patchscale.data.sources import Unreadable
 from patchscale.errors import TrainingStopped, UserError
 from patchscale.files import write_atomically
 from patchscale.models.weights import load_weights
@@ -24,8 +24,6 @@ from patchscale.tasks.classification import Classification, Scores
 from patchscale.train.build import (
     create_model,
     make_loader,
-    make_optimizer,
-    make_schedule,
     model_arguments,
     open_sources,
     preprocessing_for,
@@ -34,6 +32,7 @@ from patchscale.train.build import (
 )
 from patchscale.train.checkpoint import BEST, LAST, read_training_state, save_checkpoint
 from patchscale.train.device import autocast, resolve_device
+from patchscale.train.optimiser import Updates, freeze, split_batch
 from patchscale.train.recipe import Recipe
 
 
@@ -105,8 +104,8 @@ def train(recipe: Recipe, resume: Path | None = None, observer: Observer | None 
     """Train a classifier as the recipe says.
 
     The run's folder gets ``recipe.json``, ``metrics.jsonl``, TensorBoard's files, and the checkpoints ``last.pt`` and
-    ``best.pt``. Random numbers depend on the seed and the epoch alone, so that a run that is resumed after any epoch
-    ends with the weights it would have had.
+    ``best.pt``. Random numbers depend on the seed, the epoch and the step alone, so that a run that is resumed after
+    any epoch ends with the weights it would have had.
 
     Args:
         recipe: the run.
@@ -129,31 +128,38 @@ class _Run:
         train_source, val_source = open_sources(recipe)
         if val_source.note:
             observer.note(val_source.note)
-        if recipe.batch_size > len(train_source):
+        sampler = EpochSampler(len(train_source), recipe.seed)
+        batch, parts = split_batch(recipe.global_batch, recipe.device_batch)
+        if batch > len(sampler):
             raise UserError(
-                f"--batch-size is {recipe.batch_size}, more than the {len(train_source)} images to train on"
+                f"--global-batch is {recipe.global_batch}, more than the {len(sampler)} images to train on in an epoch"
             )
 
-        _seed(recipe.seed, 0)
+        _seed(recipe.seed, 0, 0)
         self.model_args = model_arguments(recipe, train_source)
         model = create_model(recipe.model, self.model_args)
         if recipe.weights is not None and state is None:
             load_weights(model, recipe.weights, strict=False)
         if recipe.grad_checkpointing:
             model.set_grad_checkpointing()
-        self.model = model.to(self.device)
+        freeze(model, recipe.freeze)
+        self.dtype = torch.float64 if recipe.precision == "64-true" else torch.float32
+        self.model = model.to(self.device, self.dtype)
         self.classes = train_source.classes
         self.preprocessing = preprocessing_for(recipe, model, train_source)
         self.task = Classification(len(self.classes), recipe.smoothing, recipe.mixup, recipe.cutmix)
         augmented = self.preprocessing.training_transform(recipe.crop_scale, recipe.hflip, recipe.color_jitter)
-        self.train_loader = self._loader(train_source, augmented, training=True)
-        self.val_loader = self._loader(val_source, self.preprocessing.transform())
+        evaluated = self.preprocessing.transform()
+        self.sampler = sampler
+        self.train_loader = make_loader(train_source, augmented, batch, recipe.workers, self.device, sampler)
+        self.val_loader = make_loader(
+            val_source, evaluated, min(batch, recipe.images_at_once), recipe.workers, self.device
+        )
         self.unreadable: set[Unreadable] = set()
 
         self.steps_per_epoch = len(self.train_loader)
-        self.optimizer = make_optimizer(self.model, recipe)
-        self.schedule = make_schedule(self.optimizer, recipe, self.steps_per_epoch)
-        self.ema = ModelEmaV3(self.model, recipe.ema_decay) if recipe.ema_decay is not None else None
+        self.updates = Updates(self.model, recipe, self.steps_per_epoch, parts)
+        self.ema = self.updates.ema
         self.start_epoch, self.best_top1, self.best_epoch = 0, -1.0, 0
         self.reports: list[EpochReport] = []
 
@@ -161,9 +167,6 @@ class _Run:
             self._restore(state)
         self.metrics_file = self.folder / "metrics.jsonl"
         self._begin_folder()
-
-    def _loader(self, source: Source, transform: Transform, training: bool = False) -> DataLoader:
-        return make_loader(source, transform, self.recipe.batch_size, self.recipe.workers, self.device, training)
 
     def run(self) -> Result:
         from torch.utils.tensorboard import SummaryWriter
@@ -185,19 +188,18 @@ class _Run:
         )
 
     def _epoch(self, epoch: int) -> EpochReport:
-        _seed(self.recipe.seed, epoch)
-        self.train_loader.generator.manual_seed(_epoch_seed(self.recipe.seed, epoch))
+        self.sampler.set_epoch(epoch - 1)
         self.model.train()
         start, total_loss, seen, loss = time.perf_counter(), 0.0, 0, math.nan
         first_step = (epoch - 1) * self.steps_per_epoch
         for index, (images, labels) in enumerate(self._batches(self.train_loader), start=1):
             step = first_step + index
-            self.schedule.step_update(step - 1)
+            _seed(self.recipe.seed, epoch, index)
             loss = self._step(images, labels, step)
             total_loss += loss * len(labels)
             seen += len(labels)
             rate = seen / (time.perf_counter() - start)
-            left = (self.recipe.epochs * self.steps_per_epoch - step) * self.recipe.batch_size / rate
+            left = (self.recipe.epochs * self.steps_per_epoch - step) * self.recipe.global_batch / rate
             self.observer.progress(
                 Progress("train", epoch, self.recipe.epochs, index, self.steps_per_epoch, loss, rate, left)
             )
@@ -206,40 +208,30 @@ class _Run:
             raise UserError("there is no readable image to train on")
         scores = self._evaluate(self.model, epoch)
         ema_scores = None if self.ema is None else self._evaluate(self.ema.module, epoch)
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        return EpochReport(
-            epoch, epoch * self.steps_per_epoch, total_loss / seen, lr, seconds, seen / seconds, scores, ema_scores
-        )
+        step, loss, rate = epoch * self.steps_per_epoch, total_loss / seen, seen / seconds
+        return EpochReport(epoch, step, loss, self.updates.lr, seconds, rate, scores, ema_scores)
 
     def _step(self, images: Tensor, labels: Tensor, step: int) -> float:
-        """One optimiser step on one batch, in ``accumulate`` parts; returns the mean loss."""
+        """One optimiser step on one batch; returns the mean loss."""
         images, targets = self.task.augment(images, labels)
-        total = 0.0
         try:
-            parts = zip(images.chunk(self.recipe.accumulate), targets.chunk(self.recipe.accumulate), strict=True)
-            for part, part_targets in parts:
-                with autocast(self.device, self.recipe.precision):
-                    loss = self.task.loss(self.model, part, part_targets) * (len(part) / len(images))
-                loss.backward()
-                total += loss.item()
+            loss = self.updates.step(step - 1, images, targets, self._loss)
         except torch.OutOfMemoryError as e:
+            at_a_time = -(-len(images) // self.updates.parts)
             raise UserError(
-                f"{self.device} has too little memory for {-(-len(images) // self.recipe.accumulate)} images at a "
-                f"time: try --accumulate {2 * self.recipe.accumulate} (the same result in less memory), "
-                "--grad-checkpointing or --precision bf16-mixed"
+                f"{self.device} has too little memory for {at_a_time} images at a time: try --device-batch "
+                f"{max(1, at_a_time // 2)} (the same result in less memory), --grad-checkpointing or "
+                "--precision bf16-mixed"
             ) from e
-        if not math.isfinite(total):
+        if not math.isfinite(loss):
             last = self.folder / LAST
             kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
-            lr = max(group["lr"] for group in self.optimizer.param_groups)
-            raise TrainingStopped(f"the loss is {total} at step {step} with learning rate {lr:.3g}; {kept}")
-        if self.recipe.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(self.model)
-        return total
+            raise TrainingStopped(f"the loss is {loss} at step {step} with learning rate {self.updates.lr:.3g}; {kept}")
+        return loss
+
+    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        with autocast(self.device, self.recipe.precision):
+            return self.task.loss(self.model, images, targets)
 
     def _evaluate(self, model: nn.Module, epoch: int) -> Scores:
         steps = len(self.val_loader)
@@ -263,7 +255,7 @@ class _Run:
                 refuse_or_note(item, self.recipe.skip_unreadable, self.observer.note)
                 self.unreadable.add(item)
             if len(labels):
-                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+                yield images.to(self.device, self.dtype, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def _begin_folder(self) -> None:
         write_atomically(
@@ -290,7 +282,7 @@ class _Run:
         state = {
             "model": self.model.state_dict(),
             "model_ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.updates.optimizer.state_dict(),
             "epoch": epoch,
             "best_top1": self.best_top1,
             "best_epoch": self.best_epoch,
@@ -309,7 +301,7 @@ class _Run:
     def _restore(self, state: dict[str, Any]) -> None:
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.updates.optimizer.load_state_dict(state["optimizer"])
             if self.ema is not None and state["model_ema"] is not None:
                 self.ema.module.load_state_dict(state["model_ema"])
         except (RuntimeError, ValueError) as e:
@@ -318,12 +310,9 @@ class _Run:
         self.best_top1, self.best_epoch = state["best_top1"], state["best_epoch"]
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-
-
-def _seed(seed: int, epoch: int) -> None:
-    number = _epoch_seed(seed, epoch)
+def _seed(seed: int, epoch: int, step: int) -> None:
+    """Seed mixing, drop path and whatever else is drawn here: a step's random numbers follow from its place alone."""
+    number = int(seed_words(seed, epoch, step)[0])
     random.seed(number)
     np.random.seed(number)
     torch.manual_seed(number)

@@ -3,16 +3,18 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from patchscale.errors import UserError
 
-Precision = Literal["32-true", "bf16-mixed"]
+Precision = Literal["32-true", "bf16-mixed", "64-true"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run. Sizes in pixels, learning rates absolute (not scaled by the batch)."""
+    """A training run, or one stage of a run of several. Sizes in pixels."""
 
     model: str
     """A name that `patchscale models` lists, or any other timm model."""
@@ -56,29 +58,37 @@ class Recipe:
 
     epochs: int = 100
     """Passes over the training images."""
-    batch_size: int = 64
-    """Images a step."""
-    accumulate: int = 1
-    """Do each step's images in this many parts, for less memory."""
+    global_batch: Annotated[int, tyro.conf.arg(aliases=["--batch-size"])] = 64
+    """Images an optimiser step, over all devices: the result does not depend on how many there are."""
+    device_batch: int | None = None
+    """Most images that a device takes at once; more are done in parts, for less memory. By default no limit."""
     lr: float = 1e-3
     """Peak learning rate."""
+    unscale_lr: bool = True
+    """Take lr as it is; if not, it is stated for 512 images a step and scaled with global_batch (as published)."""
     min_lr: float = 1e-5
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine; never scaled."""
     warmup_lr: float = 1e-6
-    """Learning rate at the start of the warm-up."""
+    """Learning rate at the start of the warm-up; never scaled."""
     warmup_epochs: float | None = None
     """Length of the warm-up; by default 5 epochs, or a tenth of a shorter run."""
+    schedule: Literal["step", "published"] = "step"
+    """Rates follow the cosine step by step, or epoch by epoch and one epoch late, as the published code does."""
+    layer_decay: float = 1.0
+    """Each block learns at this share of the next one's rate."""
     weight_decay: float = 0.05
     """AdamW's, on matrices and kernels alone (as published)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's."""
     clip_grad: float | None = None
     """Largest norm of all gradients together; by default none."""
+    freeze: tuple[str, ...] = ()
+    """Parameters not to train, by name with wildcards: 'patch_embed.*' 'layers.[0-3].*'."""
     ema_decay: float | None = None
     """Keep and evaluate an average of the weights with this decay a step (published: 0.99996)."""
 
     precision: Precision = "32-true"
-    """bf16-mixed computes matrix products in bfloat16."""
+    """bf16-mixed computes matrix products in bfloat16; 64-true everything in float64, for proofs."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps; by default the GPU where there is one."""
     workers: int | None = None
@@ -91,16 +101,14 @@ class Recipe:
     """Folder of the run; by default a new one under runs/."""
 
     def __post_init__(self) -> None:
-        positive = {"epochs": self.epochs, "batch_size": self.batch_size, "accumulate": self.accumulate, "lr": self.lr}
-        for name, value in positive.items():
-            if not value > 0:
+        for name in ("epochs", "global_batch", "device_batch", "lr", "layer_decay"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
                 raise UserError(f"{_flag(name)} is {value}, expected more than 0")
-        if self.accumulate > self.batch_size:
-            raise UserError(f"--accumulate is {self.accumulate}, more than the {self.batch_size} images of a batch")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise UserError(f"--crop-scale is {low} {high}, expected 0 < low <= high <= 1")
-        for name in ("hflip", "drop_path"):
+        for name in ("hflip", "drop_path", "layer_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{_flag(name)} is {getattr(self, name)}, expected 0 to 1")
         if self.eval_crop is not None and not 0 < self.eval_crop <= 1:
@@ -114,6 +122,11 @@ class Recipe:
     def val_limit(self) -> int | None:
         """How many images are evaluated on, None for all."""
         return self.limit_train if self.limit_val is None else self.limit_val or None
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images a single device takes at once."""
+        return min(self.global_batch, self.device_batch or self.global_batch)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and checkpoints."""

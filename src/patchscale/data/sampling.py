@@ -1,0 +1,72 @@
+"""Which image comes next, and with which random numbers: everything follows from the seed and the epoch."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+ROUND = 256
+"""The published sampler draws a multiple of this many images an epoch."""
+
+
+class Draw(NamedTuple):
+    """One image of an epoch: its number in the data set, and the seed of its augmentation."""
+
+    image: int
+    seed: int
+
+
+def order_of(images: int, epoch: int, seed: int = 0, repeats: int = 1, processes: int = 1, rank: int = 0) -> list[int]:
+    """The images that one process draws in an epoch.
+
+    A permutation of all images, each ``repeats`` times in a row, is dealt out to the processes in turn, as in the
+    published code (DistributedSampler and DeiT's RASampler). So n processes, each taking b images, take together what
+    one process would that takes n * b, and the repeats of an image go to different processes.
+
+    With repeats, an epoch draws as many images as there are, rounded down to a multiple of 256; all of them where there
+    are fewer than 256 (the published sampler then draws none).
+
+    Args:
+        images: size of the data set.
+        epoch: from 0.
+        seed: 0 gives the published order, which depends on the epoch alone.
+        repeats: copies of each image (published: 3).
+        processes: how many draw.
+        rank: which of them this is.
+
+    Returns:
+        Indices, ``drawn // processes`` of them.
+    """
+    # Knuth's multiplicative hash keeps the epochs of one seed away from those of the next; the generator uses 32 bits.
+    generator = torch.Generator().manual_seed((seed * 2654435761 + epoch) % 2**32)
+    order = torch.randperm(images, generator=generator).repeat_interleave(repeats)
+    drawn = images // ROUND * ROUND if repeats > 1 and images >= ROUND else images
+    return order[rank::processes][: drawn // processes].tolist()
+
+
+class EpochSampler(Sampler[Draw]):
+    """The draws of one process, epoch by epoch; :meth:`set_epoch` chooses which."""
+
+    def __init__(self, images: int, seed: int, repeats: int = 1, processes: int = 1, rank: int = 0) -> None:
+        self.images, self.seed, self.repeats, self.processes, self.rank = images, seed, repeats, processes, rank
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw this epoch, from 0, next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(order_of(self.images, 0, 0, self.repeats, self.processes, self.rank))
+
+    def __iter__(self) -> Iterator[Draw]:
+        order = order_of(self.images, self.epoch, self.seed, self.repeats, self.processes, self.rank)
+        # A seed for each place in the epoch's order, whichever process it falls to.
+        seeds = seed_words(self.seed, self.epoch, count=len(order) * self.processes)[self.rank :: self.processes]
+        return iter([Draw(image, int(seed)) for image, seed in zip(order, seeds, strict=True)])
+
+
+def seed_words(*path: int, count: int = 1) -> np.ndarray:
+    """``count`` independent 32-bit seeds for a place in a run: its seed, epoch, step."""
+    return np.random.SeedSequence(path).generate_state(count)
