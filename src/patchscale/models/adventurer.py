@@ -25,12 +25,14 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from timm.models._input import get_pretrained_grid_size, update_model_input_size
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from patchscale.errors import UserError
-from patchscale.models.block import NORM_EPS, Block
+from patchscale.models.block import CONV_WIDTH, NORM_EPS, Block
 from patchscale.models.published import DEFAULT_IMG_SIZE, IMG_SIZES, PATCH_SIZES, PUBLISHED, SIZES, evaluation_crop
 from patchscale.models.tokens import PatchEmbed, Size, fit_tokens, grid_size, resize_pos_embed
 from patchscale.models.weight_files import download, fill, read_checkpoint
+from patchscale.ops.sequence_parallel import SequenceGroup
 
 Flip = Literal["alternate", "pairs", "released"]
 
@@ -67,6 +69,7 @@ class Adventurer(nn.Module):
         drop_path_rate: stochastic depth. As published, block i of n drops with
             ``([0] + linspace(0, drop_path_rate, n))[i]``, so the full rate is never reached.
         dynamic_img_size: accept any image that the patch divides, resampling positions on the fly.
+        sequence_group: processes to cut the tokens of an image over; see :meth:`set_sequence_group`.
 
     Raises:
         UserError: sizes that do not fit each other, or an unknown ``flip`` or ``global_pool``.
@@ -88,6 +91,7 @@ class Adventurer(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         dynamic_img_size: bool = False,
+        sequence_group: ProcessGroup | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -135,6 +139,7 @@ class Adventurer(nn.Module):
         self.norm_f: nn.Module = nn.RMSNorm(embed_dim, eps=NORM_EPS, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.init_weights(needs_reset=False)
+        self.set_sequence_group(sequence_group)
 
     @torch.no_grad()
     def init_weights(self, needs_reset: bool = True) -> None:
@@ -176,6 +181,28 @@ class Adventurer(nn.Module):
         self.flip = flip
         for i, block in enumerate(self.layers):
             block.mixer.reverse = FLIP_RULES[flip](i)
+
+    def set_sequence_group(self, group: ProcessGroup | None) -> None:
+        """Cut the tokens of every image over the processes of a group; None for all of them in this process.
+
+        All processes of the group call the model together, with the same weights, the same image and, when training
+        with drop path or dropout, the same state of the random generator. Each embeds and computes its slice of the
+        patches, which are cut evenly in reading order, and all compute the class token. Logits are the same on all.
+        ``forward_features`` gives this process's patches and then the class token, ``forward_intermediates`` likewise.
+
+        All processes take part in the backward. Gradients, of the parameters and of the image, are of the *mean* of the
+        processes' losses once averaged over the processes, and of the sum of their losses once summed. So with the
+        same loss of the logits on every process, average: ``DistributedDataParallel`` does, as it is, also over several
+        such groups that are given different images. Give the model a group of its own, not one that others
+        communicate over during the backward (DistributedDataParallel uses the default group).
+
+        Raises:
+            UserError: no process group, or one without this process. When called: images that differ, or with fewer
+                than 3 patches for each process.
+        """
+        self.sequence_group = None if group is None else SequenceGroup(group)
+        for block in self.layers:
+            block.mixer.sequence_group = self.sequence_group
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters, beside those of one dimension, that weight decay skips (as published)."""
@@ -229,12 +256,31 @@ class Adventurer(nn.Module):
 
     def _embed(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, patches + 1, embed_dim), with positions."""
-        tokens = self.patch_embed(x)
-        positions: Tensor = self.pos_embed
-        if self.dynamic_img_size:
-            positions = resize_pos_embed(positions, self.patch_embed.grid_size, tuple(tokens.shape[1:3]))
-        tokens = tokens.flatten(1, 2)
+        if self.sequence_group is not None:
+            tokens, positions = self._embed_slice(x, self.sequence_group)
+        else:
+            rows_and_columns = self.patch_embed(x)
+            tokens = rows_and_columns.flatten(1, 2)
+            positions = self._positions(tuple(rows_and_columns.shape[1:3]))
         return torch.cat([tokens, self.cls_token.expand(tokens.shape[0], -1, -1)], dim=1) + positions
+
+    def _embed_slice(self, x: Tensor, group: SequenceGroup) -> tuple[Tensor, Tensor]:
+        """This process's patches, (batch, patches, embed_dim), and their positions with that of the class token."""
+        group.require_alike(x)
+        grid = rows, columns = grid_size((x.shape[-2], x.shape[-1]), self.patch_embed.patch_size)
+        own = group.slice_of(rows * columns, least=CONV_WIDTH - 1)
+        first = own.start // columns
+        tokens = self.patch_embed(x, slice(first, -(-own.stop // columns))).flatten(1, 2)
+        positions = self._positions(grid)
+        return (
+            tokens[:, own.start - first * columns : own.stop - first * columns],
+            torch.cat([positions[:, own], positions[:, -1:]], dim=1),
+        )
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        if not self.dynamic_img_size:
+            return self.pos_embed
+        return resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, patches + 1, embed_dim), normed, the class token last."""
@@ -247,9 +293,15 @@ class Adventurer(nn.Module):
         if self.global_pool == "token":
             x = x[:, -1]
         elif self.global_pool == "avg":
-            x = x[:, :-1].mean(dim=1)
+            x = self._mean_of_patches(x[:, :-1])
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
+
+    def _mean_of_patches(self, patches: Tensor) -> Tensor:
+        if self.sequence_group is None:
+            return patches.mean(dim=1)
+        total, count = self.sequence_group.sum_and_count(patches)
+        return (total / count).to(patches.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, num_classes)."""
@@ -283,9 +335,11 @@ class Adventurer(nn.Module):
             (final features as ``forward_features`` gives them, intermediates), unless asked otherwise.
 
         Raises:
-            UserError: an unknown ``output_fmt``.
+            UserError: an unknown ``output_fmt``, or ``"NCHW"`` of a slice of the patches.
         """
         _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        if self.sequence_group is not None and output_fmt == "NCHW":
+            raise UserError("the patches are cut over a sequence_group and make no map here: ask for output_fmt='NLC'")
         take, last = feature_take_indices(len(self.layers), indices)
         rows, columns = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         x = self._embed(x)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from patchscale.errors import UserError
 from patchscale.ops import mix_tokens
 from patchscale.ops.conv import tokens_before_next
+from patchscale.ops.sequence_parallel import BLOCK_TOKENS, SequenceGroup, decay_and_state, states_between
 
 CONV_WIDTH = 4
 MLP_RATIO = 2.5
@@ -23,6 +24,9 @@ STREAM_TOKENS = 1024
 @register_notrace_module
 class Mamba2Mixer(nn.Module):
     """(batch, patches + 1, embed_dim) -> the same; the last token is the class token, scanned last.
+
+    With a ``sequence_group`` the patches are this process's slice of the sequence, CONV_WIDTH - 1 at least, and the
+    class token is on every process.
 
     Equal to the published order (prepend the mean token, flip the patches, scan, flip back, drop the first output)
     without any of its copies: the mean token's whole effect on the others is the state it leaves and its place in the
@@ -50,6 +54,7 @@ class Mamba2Mixer(nn.Module):
         self.d_inner, self.d_state, self.headdim = d_inner, d_state, headdim
         self.nheads = d_inner // headdim
         self.reverse = reverse
+        self.sequence_group: SequenceGroup | None = None
         self.conv_dim = conv_dim = d_inner + 2 * d_state
         self.in_proj = nn.Linear(embed_dim, d_inner + conv_dim + self.nheads, bias=False, **dd)
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, CONV_WIDTH, groups=conv_dim, **dd)  # holds weights, is not called
@@ -72,12 +77,56 @@ class Mamba2Mixer(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(batch, patches + 1, embed_dim) -> (batch, patches + 1, embed_dim)."""
+        if self.sequence_group is not None:
+            return self._forward_slice(u, self.sequence_group)
         # in_proj is linear: the projection of the mean is the mean of the projections.
         history, state = self._heading(self.in_proj(u.mean(1, keepdim=True)))
-        if not torch.is_grad_enabled() and u.device.type == "cpu" and not torch.compiler.is_compiling():
-            return self._stream(u, history, state)
+        if _streams(u):
+            return self._stream(u, history, state, self.reverse, suffix=1)
         out, _ = self._mix(self.in_proj(u), history, state, self.reverse, suffix=1)
         return self.out_proj(out)
+
+    def _forward_slice(self, u: Tensor, group: SequenceGroup) -> Tensor:
+        """The same on every process of a group; all compute the step of the class token, from the same numbers."""
+        patches, class_token = u.split([u.shape[1] - 1, 1], dim=1)
+        width = CONV_WIDTH - 1
+        edge = patches[:, :width].flip(1) if self.reverse else patches[:, -width:]  # scanned last, in scan order
+        total, count, edges = group.sum_and_count(patches, edge)
+        mean = ((total + class_token[:, 0]) / (count + 1)).to(u.dtype)
+        history, state = self._heading(self.in_proj(mean[:, None]))
+        turn = group.size - 1 - group.rank if self.reverse else group.rank
+        # Every process takes its row of the same tensors, so that all have the same graph: in the backward, too, they
+        # meet at every exchange.
+        xBC = self.in_proj(edges)[..., self.d_inner : self.d_inner + self.conv_dim]
+        befores = torch.cat([history[None], self._in_scan_order(xBC)])
+        streams = _streams(u)
+        if streams:
+            spans = _spans(patches.shape[1], self.reverse)
+            blocks = (self.in_proj(patches[:, start:stop]) for start, stop, _ in spans)
+        else:
+            projected, projected_class = self.in_proj(u).split([u.shape[1] - 1, 1], dim=1)
+            in_order = projected.split(BLOCK_TOKENS, dim=1)
+            blocks = iter(in_order[::-1] if self.reverse else in_order)
+        pair = decay_and_state(
+            (block[..., self.d_inner :] for block in blocks),
+            befores[turn],
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.get_parameter("bias"),
+            self.dt_bias,
+            -torch.exp(self.A_log.to(state.dtype)),
+            self.d_state,
+            reverse=self.reverse,
+        )
+        states = states_between(state, *(self._in_scan_order(t) for t in group.gather(*pair)))
+        if streams:
+            mixed = self._stream(patches, befores[turn], states[turn], self.reverse)
+            return torch.cat([mixed, self._stream(class_token, befores[-1], states[-1], False)], dim=1)
+        out, _ = self._mix(projected, befores[turn], states[turn], self.reverse)
+        out_class, _ = self._mix(projected_class, befores[-1], states[-1], False)
+        return torch.cat([self.out_proj(out), self.out_proj(out_class)], dim=1)
+
+    def _in_scan_order(self, of_processes: Tensor) -> Tensor:
+        return of_processes.flip(0) if self.reverse else of_processes
 
     def _heading(self, mean: Tensor) -> tuple[Tensor, Tensor]:
         """What the mean token, scanned first, leaves: the convolution's history and the scan's first state."""
@@ -108,27 +157,32 @@ class Mamba2Mixer(nn.Module):
             final_state=final,
         )
 
-    def _stream(self, u: Tensor, history: Tensor, state: Tensor) -> Tensor:
+    def _stream(self, u: Tensor, history: Tensor, state: Tensor, reverse: bool, suffix: int = 0) -> Tensor:
         """The same as one pass over all tokens, in little memory: some tokens of some samples at a time."""
         batch, length, _ = u.shape
         out = torch.empty_like(u)
         samples = max(1, STREAM_TOKENS // length)
         for group in (slice(s, s + samples) for s in range(0, batch, samples)):
             before, group_state = history[group], state[group]
-            for start, stop, reverse in _spans(length, self.reverse):
+            for start, stop, from_right in _spans(length, reverse, suffix):
                 projected = self.in_proj(u[group, start:stop])
-                mixed, group_state = self._mix(projected, before, group_state, reverse, final=True)
+                mixed, group_state = self._mix(projected, before, group_state, from_right, final=True)
                 out[group, start:stop] = self.out_proj(mixed)
                 xBC = projected[..., self.d_inner : self.d_inner + self.conv_dim]
-                before = tokens_before_next(xBC, before, reverse)
+                before = tokens_before_next(xBC, before, from_right)
         return out
 
 
-def _spans(length: int, reverse: bool) -> list[tuple[int, int, bool]]:
-    """(start, stop, scanned from the right) of streamed tokens in scan order; the class token is last in both."""
-    body = length - 1 if reverse else length
+def _streams(u: Tensor) -> bool:
+    """Whether tokens are taken some at a time."""
+    return not torch.is_grad_enabled() and u.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _spans(length: int, reverse: bool, suffix: int = 0) -> list[tuple[int, int, bool]]:
+    """(start, stop, scanned from the right) of streamed tokens in scan order; a suffix is last in both."""
+    body = length - suffix if reverse else length
     spans = [(s, min(s + STREAM_TOKENS, body), reverse) for s in range(0, body, STREAM_TOKENS)]
-    return [*reversed(spans), (body, length, False)] if reverse else spans
+    return [*reversed(spans), *([(body, length, False)] if body < length else [])] if reverse else spans
 
 
 class SwiGLU(nn.Module):

@@ -67,8 +67,8 @@ class PatchEmbed(TimmPatchEmbed):
         grid_size(img_size, patch_size)
         super().set_input_size(img_size, patch_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, height, width) -> (batch, rows, columns, embed_dim)."""
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        """(batch, channels, height, width) -> (batch, rows, columns, embed_dim), of all rows of patches or of these."""
         channels, height, width = x.shape[1:]
         size = (height, width)
         if channels != self.proj.in_channels:
@@ -79,6 +79,8 @@ class PatchEmbed(TimmPatchEmbed):
                 "call set_input_size, or create the model with dynamic_img_size=True"
             )
         grid_size(size, self.patch_size)
+        if rows is not None:
+            x = x[:, :, rows.start * self.patch_size[0] : rows.stop * self.patch_size[0]]
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
