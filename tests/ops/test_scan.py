@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchscale import UserError
 from patchscale.ops import ssd_scan
-from patchscale.ops.reference import ssd_scan_reference
+from patchscale.ops.reference import scan_order, ssd_scan_reference
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 LENGTHS = (1, 2, 63, 64, 65, 127, 197)
@@ -121,6 +121,31 @@ def test_values_and_gradients(length, reverse, dtype, tolerance, tolerance_A, as
         expected = truth(inputs, **options)
         for name, value in scan_and_gradients(ssd_scan, inputs, **options).items():
             assert_near(value, expected[name], tolerance_A if name == "grad of A" else tolerance, name)
+
+
+def reference_in_parts(x, dt, A, B, C, D, initial_state, reverse, suffix):
+    """The reference, some tokens after others: the gradients of one long loop would take minutes."""
+    length = x.shape[1]
+    order = torch.tensor(scan_order(length, reverse, suffix))
+    parts = [t[:, order].split(256, 1) for t in (x, dt, B, C)]
+    ys, state = [], initial_state
+    for x_part, dt_part, B_part, C_part in zip(*parts, strict=True):
+        y, state = ssd_scan_reference(x_part, dt_part, A, B_part, C_part, D, state)
+        ys.append(y)
+    return torch.cat(ys, 1)[:, order.argsort()], state
+
+
+# One truth serves both precisions: its inputs are bfloat16 numbers.
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [577, 3136, 50176])
+def test_long_sequences(length, reverse, assert_near):
+    rounded = draw(length, batch=1, headdim=2, d_state=3, dtype=torch.bfloat16, seed=length)
+    options = {"reverse": reverse, "suffix": 1}
+    expected = scan_and_gradients(reference_in_parts, {k: v.double() for k, v in rounded.items()}, **options)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        inputs = rounded | {k: rounded[k].to(dtype) for k in ("x", "B", "C")}
+        for name, value in scan_and_gradients(ssd_scan, inputs, **options).items():
+            assert_near(value, expected[name], 1e-4 if name == "grad of A" else tolerance, name)
 
 
 @pytest.mark.parametrize("given_ones", [(), ("D",), ("initial_state",)])
