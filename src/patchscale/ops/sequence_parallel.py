@@ -210,9 +210,10 @@ def _of_block(
         dt = F.softplus(block[..., taps.shape[0] + d_state :].to(work) + dt_bias)
         # Sums of log-decays in float64: an error in them is a relative error of what they multiply.
         log_decay = dt.double() * A.double()
-        total = log_decay.sum(1, keepdim=True)
-        upto = log_decay.cumsum(1)
-        later = upto - log_decay if reverse else total - upto
+        # Summed from the end, not as differences of sums from the start, whose gradients would cancel.
+        from_end = F.pad(log_decay if reverse else log_decay.flip(1), (0, 0, 1, 0)).cumsum(1)
+        later, total = from_end[:, :-1], from_end[:, -1]
+        later = later if reverse else later.flip(1)
         weighted = x.unflatten(-1, (A.shape[0], -1)) * (later.exp().to(work) * dt)[..., None]
         written = (weighted.flatten(2).transpose(1, 2) @ B).unflatten(1, (A.shape[0], -1))
-        return total.exp().to(work)[:, 0, :, None, None], written
+        return total.exp().to(work)[..., None, None], written
