@@ -27,35 +27,73 @@ Which = Literal["model", "ema"]
 
 @dataclass(frozen=True)
 class Train:
-    """Train a classifier."""
+    """Train a classifier, by flags or by a recipe of one or more stages."""
 
-    recipe: tyro.conf.OmitArgPrefixes[Recipe]
+    settings: tyro.conf.OmitArgPrefixes[Recipe]
+    recipe: str | None = None
+    """A recipe by name (adventurer_base_patch16), or a .toml file: its stages one after another, each from the last
+    one's weights. Other flags change all of its stages. The same command again goes on where this one was stopped."""
+    stage: str | None = None
+    """Of the recipe, only this stage, by name or number."""
+    show: bool = False
+    """Print the recipe as the flags leave it, and do nothing."""
     resume: Path | None = None
     """Go on with this run (its folder, or a checkpoint), by its own recipe; other flags change it."""
 
 
-def train(arguments: Train) -> None:
-    """Train a classifier."""
+def train(arguments: list[str]) -> None:
+    """Train a classifier, by flags or by a recipe of one or more stages."""
     from patchscale.train.device import keep_freed_memory
+    from patchscale.train.loop import train as run
+    from patchscale.train.stages import read_recipe_file, run_stages
+
+    name = _flag_value(arguments, "--recipe")
+    if name is None:
+        given = _parse_train(arguments)
+        if given.stage is not None:
+            raise UserError("--stage is one of a recipe's: give --recipe too")
+        if given.show:
+            _print_recipe({"": given.settings}, {})
+            return
+        keep_freed_memory()
+        with _progress_bar() as bar:
+            _print_result(run(given.settings, given.resume, _display(bar)))
+        return
+    file = read_recipe_file(name)
+    parsed = {stage: _parse_stage(arguments, name, stage, values) for stage, values in file.stages.items()}
+    given = next(iter(parsed.values()))
+    stages = {stage: each.settings for stage, each in parsed.items()}
+    if given.resume is not None:
+        raise UserError("--recipe goes on by itself, in the folder that --output names: leave out --resume")
+    if given.show:
+        _print_recipe(stages, file.published)
+        return
+    keep_freed_memory()
+    folder = given.settings.output or Path("runs") / file.name
+    with _progress_bar() as bar:
+        for done in run_stages(stages, folder, given.stage, lambda stage: _display(bar, f"{stage}  ")):
+            if done.result is not None:
+                _print_result(done.result, f"{done.name}  ")
+
+
+def _display(bar: Progress, stage: str = "") -> Any:
     from patchscale.train.loop import EpochReport, Observer
     from patchscale.train.loop import Progress as Step
-    from patchscale.train.loop import train as run
-
-    keep_freed_memory()
 
     class Display(Observer):
-        def __init__(self, bar: Progress) -> None:
-            self.bar = bar
+        def __init__(self) -> None:
+            for old in bar.task_ids:
+                bar.remove_task(old)
             self.task = bar.add_task("", total=1, rate="", left="")
 
         def note(self, text: str) -> None:
             _note(text)
 
         def progress(self, step: Step) -> None:
-            what = f"epoch {step.epoch}/{step.epochs}"
+            what = f"{stage}epoch {step.epoch}/{step.epochs}"
             what += f"  loss {step.loss:.3f}" if step.phase == "train" else "  evaluating"
             left = "" if math.isnan(step.seconds_left) else f"{_duration(step.seconds_left)} left to train"
-            self.bar.update(
+            bar.update(
                 self.task,
                 description=what,
                 completed=step.step,
@@ -65,17 +103,33 @@ def train(arguments: Train) -> None:
             )
 
         def epoch(self, report: EpochReport) -> None:
-            line = f"epoch {report.epoch}  train loss {report.train_loss:.4f}  {report.scores}"
+            line = f"{stage}epoch {report.epoch}  train loss {report.train_loss:.4f}  {report.scores}"
             if report.ema_scores is not None:
                 line += f"  (average of weights: {report.ema_scores})"
             _out.print(line + f"  {report.seconds:.0f} s", highlight=False)
 
-    with _progress_bar() as bar:
-        result = run(arguments.recipe, arguments.resume, Display(bar))
+    return Display()
+
+
+def _print_result(result: Any, stage: str = "") -> None:
     best = next((r for r in result.reports if r.epoch == result.best_epoch), None)
-    _out.print(f"last: {result.scores}  {result.folder / 'last.pt'}", highlight=False)
+    _out.print(f"{stage}last: {result.scores}  {result.folder / 'last.pt'}", highlight=False)
     if best is not None:
-        _out.print(f"best: {best.scores} in epoch {best.epoch}  {result.folder / 'best.pt'}", highlight=False)
+        text = f"{stage}best: {best.scores} in epoch {best.epoch}  {result.folder / 'best.pt'}"
+        _out.print(text, highlight=False)
+
+
+def _print_recipe(stages: dict[str, Recipe], published: dict[str, Any]) -> None:
+    """The fields of each stage, those that are as in every run left out."""
+    defaults = Recipe("", "").to_dict()
+    for number, (stage, recipe) in enumerate(stages.items(), start=1):
+        if stage:
+            _out.print(f"{number} {stage}", highlight=False)
+        for field, value in recipe.to_dict().items():
+            if value != defaults[field]:
+                _out.print(f"  {field} = {value}", highlight=False, markup=False)
+    for key, value in published.items():
+        _out.print(f"published {key}: {value}", highlight=False, markup=False)
 
 
 def evaluate(
@@ -285,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}; the commands are {', '.join(COMMANDS)}")
         if command == "train":
-            train(_parse_train(rest))
+            train(rest)
         else:
             tyro.cli(COMMANDS[command], args=rest, prog=f"patchscale {command}")
         return 0
@@ -294,25 +348,49 @@ def main(arguments: list[str] | None = None) -> int:
     except TrainingStopped as e:
         return _fail(str(e), 1)
     except KeyboardInterrupt:
-        hint = "; go on with `patchscale train --resume RUN`" if command == "train" else ""
+        hint = ""
+        if command == "train":
+            by_recipe = _flag_value(rest, "--recipe") is not None
+            hint = "; " + ("the same command goes on" if by_recipe else "go on with `patchscale train --resume RUN`")
         return _fail(f"interrupted{hint}", 130)
 
 
 def _parse_train(arguments: list[str]) -> Train:
     """The recipe comes from the flags or, with --resume, from the run, changed by the flags."""
-    default: Any = tyro.MISSING
-    for index, argument in enumerate(arguments):
-        if argument == "--resume" or argument.startswith("--resume="):
-            value = argument.partition("=")[2] or "".join(arguments[index + 1 : index + 2])
-            default = _train_defaults(Path(value))
-    keywords = {} if default is tyro.MISSING else {"default": default}
+    resume = _flag_value(arguments, "--resume")
+    keywords: dict[str, Any] = {} if resume is None else {"default": _train_defaults(Path(resume))}
     return tyro.cli(Train, args=arguments, prog="patchscale train", **keywords)
+
+
+def _parse_stage(arguments: list[str], recipe: str, stage: str, values: dict[str, Any]) -> Train:
+    """A stage of a recipe file, changed by the flags."""
+    needed = {"model": "a model", "data": "data (published recipes are for ImageNet-1k: folder:PATH)"}
+    for field, what in needed.items():
+        given = values.get(field) or _flag_value(arguments, f"--{field}")
+        if given is None and not {"-h", "--help", "--show"} & set(arguments):
+            raise UserError(f"the recipe {recipe} names no {what}: give --{field}")
+        values = values | {field: given or ""}
+    try:
+        default = Train(Recipe.from_dict(values), recipe)
+    except UserError as e:
+        raise UserError(f"{recipe}, stage {stage}: {e}") from e
+    return tyro.cli(Train, args=arguments, prog="patchscale train", default=default)
+
+
+def _flag_value(arguments: list[str], flag: str) -> str | None:
+    """What follows a flag, before the flags are parsed: it says what the others' defaults are."""
+    for index, argument in enumerate(arguments):
+        if argument == flag and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
 
 
 def _train_defaults(resume: Path) -> Train:
     from patchscale.train.checkpoint import read_training_state
 
-    return Train(Recipe.from_dict(read_training_state(resume)["recipe"]), resume)
+    return Train(Recipe.from_dict(read_training_state(resume)["recipe"]), resume=resume)
 
 
 def _usage() -> str:

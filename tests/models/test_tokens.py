@@ -201,3 +201,30 @@ def test_positions_of_no_square_grid_are_not_guessed_at():
     weights = dict(small_model((8, 24)).state_dict())
     with pytest.raises(UserError, match="12 patches"):
         fit_tokens(small_model(32), weights)
+
+
+@pytest.mark.parametrize("case", ["14to24", "14to8", "7to28", "8to14"])
+def test_weights_are_fitted_by_either_rule_and_say_which(case, parity):
+    tables = load_file(parity("pos_embed_resize.safetensors"))
+    old, new = map(int, case.split("to"))
+    model = Adventurer(img_size=new * 2, patch_size=2, embed_dim=32, depth=1)
+    for resize, kind, entry in (("correct", "corrected", "last"), ("published", "official", "first")):
+        # The fixture's eight channels, four times over, to make the model's width.
+        weights = model.state_dict() | {"pos_embed": tables[f"{case}.in"].repeat(1, 1, 4)}
+        said = fit_tokens(model, weights, (old, old), resize)
+        assert torch.allclose(weights["pos_embed"], tables[f"{case}.{kind}"].repeat(1, 1, 4), atol=1e-6), resize
+        assert said == {
+            "pos_embed": f"{old}x{old} to {new}x{new} patches: bicubic without antialiasing, {entry} entry kept"
+        }
+
+
+def test_a_class_token_that_comes_first_stays_first():
+    import timm
+
+    model = timm.create_model("test_vit", img_size=32, patch_size=4, num_classes=3)
+    entries = torch.cat([torch.full((1, 1, 64), 9.0), torch.ones(1, 16, 64)], dim=1)
+    weights = model.state_dict() | {"pos_embed": entries}
+    fit_tokens(model, weights, (4, 4))
+    assert weights["pos_embed"].shape == (1, 65, 64)
+    assert (weights["pos_embed"][:, 0] == 9).all()
+    assert torch.allclose(weights["pos_embed"][:, 1:], torch.ones(1, 64, 64))

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from patchscale.errors import TrainingStopped, UserError
-from patchscale.train import loop
+from patchscale.tasks.classification import Classification
 from patchscale.train.evaluate import evaluate
 from patchscale.train.loop import Observer, train
 
@@ -117,14 +117,14 @@ def test_a_timm_model_trains_too(recipe):
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_rate_and_checkpoint(recipe, monkeypatch):
-    healthy = loop.Classification.loss
+    healthy = Classification.loss
 
     def loss(self, model, images, targets):
         calls.append(1)
         return healthy(self, model, images, targets) * (float("nan") if len(calls) == 13 else 1.0)
 
     calls: list[int] = []
-    monkeypatch.setattr(loop.Classification, "loss", loss)
+    monkeypatch.setattr(Classification, "loss", loss)
     with pytest.raises(TrainingStopped, match=r"loss is nan at step 13 with learning rate .*last\.pt") as stopped:
         train(recipe())
     last = Path(str(stopped.value).split()[-1])

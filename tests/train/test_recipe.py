@@ -44,3 +44,33 @@ def test_a_field_of_another_version_is_named():
 )
 def test_the_validation_limit_follows_the_training_limit(limits, expected):
     assert Recipe("m", "d", **limits).val_limit == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", "ten"),
+        ("epochs", 1.5),
+        ("crop_scale", [0.1]),
+        ("freeze", "head.*"),
+        ("precision", "float"),
+        ("unscale_lr", 1),
+        ("mixup", True),
+        ("img_size", [8, 8, 8]),
+    ],
+)
+def test_a_value_of_another_type_is_named(field, value):
+    with pytest.raises(UserError, match=f"the recipe's {field} is"):
+        Recipe.from_dict({"model": "m", "data": "d", field: value})
+
+
+def test_plain_values_of_the_right_types_are_taken():
+    values = {"lr": 1, "img_size": [8, 16], "freeze": ["a", "b"], "output": "x", "teacher": None, "eval_crop": 1}
+    assert Recipe.from_dict({"model": "m", "data": "d"} | values).freeze == ("a", "b")
+
+
+def test_distillation_and_teacher_go_together():
+    with pytest.raises(UserError, match="--distillation soft or hard, and --teacher"):
+        Recipe("m", "d", teacher="resnet18")
+    with pytest.raises(UserError, match="--distillation soft or hard, and --teacher"):
+        Recipe("m", "d", distillation="hard")

@@ -4,7 +4,7 @@ Image sizes, patch sizes and grids are (height, width).
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from patchscale.errors import UserError
 
 Size = int | tuple[int, int]
+Resize = Literal["correct", "published"]
 
 
 def grid_size(img_size: Size, patch_size: Size) -> tuple[int, int]:
@@ -132,7 +133,12 @@ def resize_pos_embed(
     return torch.cat([grid, entry] if class_token == "last" else [entry, grid], dim=1)
 
 
-def fit_tokens(model: nn.Module, weights: dict[str, Tensor], grid: tuple[int, int] | None = None) -> None:
+def fit_tokens(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    grid: tuple[int, int] | None = None,
+    resize: Resize = "correct",
+) -> dict[str, str]:
     """Fit a state dict's image channels, patch size and positions to a model of the same width, in place.
 
     Args:
@@ -140,27 +146,43 @@ def fit_tokens(model: nn.Module, weights: dict[str, Tensor], grid: tuple[int, in
         weights: the state dict.
         grid: the (rows, columns) of its positions. If None, as many positions as the model's are taken to be on the
             same grid, and others on a square one.
+        resize: ``"published"`` takes the first position for the class token's in every model.
+
+    Returns:
+        What was resized, ``patch_embed`` and ``pos_embed``, and how, in words.
 
     Raises:
         UserError: the positions must be resized and their grid is not square.
     """
     own = model.state_dict()
+    resized: dict[str, str] = {}
     kernel, wanted = weights.get("patch_embed.proj.weight"), own.get("patch_embed.proj.weight")
     if kernel is None or wanted is None or kernel.ndim != 4 or kernel.shape[0] != wanted.shape[0]:
-        return
+        return resized
     if kernel.shape[1] != wanted.shape[1]:
         kernel = adapt_input_conv(wanted.shape[1], kernel, base_chans=kernel.shape[1])
     if kernel.shape[2:] != wanted.shape[2:]:
+        resized["patch_embed"] = (
+            f"{_text(tuple(kernel.shape[2:]))} to {_text(tuple(wanted.shape[2:]))} pixels: "
+            "pseudo-inverse of bicubic resizing with antialiasing"
+        )
         kernel = resize_patch_embed(kernel, (wanted.shape[2], wanted.shape[3]))
     weights["patch_embed.proj.weight"] = kernel
     positions = weights.get("pos_embed")
     if positions is None or (grid is None and positions.shape[1] == own["pos_embed"].shape[1]):
-        return
+        return resized
     if grid is None:
         side = square_side(positions.shape[1] - 1)
         grid = side, side
     patch_embed: Any = model.patch_embed
-    weights["pos_embed"] = resize_pos_embed(positions, grid, patch_embed.grid_size)
+    new_grid = patch_embed.grid_size
+    if grid != new_grid:
+        class_token = "last" if resize == "correct" and hasattr(model, "num_suffix_tokens") else "first"
+        weights["pos_embed"] = resize_pos_embed(positions, grid, new_grid, class_token)
+        resized["pos_embed"] = (
+            f"{_text(grid)} to {_text(new_grid)} patches: bicubic without antialiasing, {class_token} entry kept"
+        )
+    return resized
 
 
 def square_side(patches: int) -> int:

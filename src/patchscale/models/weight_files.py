@@ -17,7 +17,7 @@ from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
 from patchscale.errors import UserError, first_line
-from patchscale.models.tokens import fit_tokens, grid_size, square_side
+from patchscale.models.tokens import Resize, fit_tokens, grid_size, square_side
 
 Which = Literal["model", "ema"]
 
@@ -91,11 +91,15 @@ def read_checkpoint(source: str | os.PathLike, which: Which = "model") -> Checkp
     return Checkpoint(weights, extra, path)
 
 
-def fill(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> None:
-    """Put a checkpoint's weights into a model; arguments and errors as :func:`load_weights`."""
+def fill(model: nn.Module, checkpoint: Checkpoint, strict: bool = True, resize: Resize = "correct") -> dict[str, str]:
+    """Put a checkpoint's weights into a model; arguments and errors as :func:`load_weights`.
+
+    Returns:
+        What was resized and how, in words.
+    """
     weights = dict(checkpoint.weights)
     own = model.state_dict()
-    fit_tokens(model, weights, checkpoint.grid)
+    resized = fit_tokens(model, weights, checkpoint.grid, resize)
     head_keys = [k for k in weights if k.split(".")[0] == "head"]
     own_head = [k for k in own if k.split(".")[0] == "head"]
     fits = head_keys == own_head and all(own[k].shape == weights[k].shape for k in head_keys)
@@ -118,6 +122,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> None:
         )
         raise UserError(f"{checkpoint.path} does not fit the model: {problems[0]}{more}; {way_out}")
     model.load_state_dict(weights, strict=False)
+    return resized
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

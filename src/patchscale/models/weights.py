@@ -18,14 +18,19 @@ from patchscale.errors import UserError, first_line
 from patchscale.files import make_folder, write_atomically
 from patchscale.models.adventurer import Adventurer
 from patchscale.models.published import IMG_SIZES, PATCH_SIZES, SIZES
-from patchscale.models.tokens import square_side
+from patchscale.models.tokens import Resize, square_side
 from patchscale.models.weight_files import Checkpoint, Which, fill, read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
 
 def load_weights(
-    model: nn.Module, source: str | os.PathLike, *, which: Which = "model", strict: bool = True
+    model: nn.Module,
+    source: str | os.PathLike,
+    *,
+    which: Which = "model",
+    strict: bool = True,
+    resize: Resize = "correct",
 ) -> nn.Module:
     """Load weights into a model, resizing patches and positions to its own patch size and image size.
 
@@ -35,6 +40,8 @@ def load_weights(
             folder with one, a URL, or a Hugging Face Hub id (``"user/name"`` or ``"user/name/file"``).
         which: the trained weights, or their exponential moving average where the file has one.
         strict: refuse a head of another number of classes; if False, the model keeps its own head then.
+        resize: ``"published"`` resizes positions as the published code does: it takes the first one for the class
+            token's, although this model has that last. To repeat a published recipe to the letter.
 
     Returns:
         The model.
@@ -44,17 +51,21 @@ def load_weights(
             and both shapes).
     """
     checkpoint = read_checkpoint(source, which)
-    fill(model, checkpoint, strict)
-    if isinstance(model, Adventurer) and checkpoint.flip not in (None, model.flip):
-        _logger.warning(
-            "%s goes with flip=%r, the model has flip=%r: create it with flip=%r, or let `patchscale eval --flip auto` "
-            "choose on labelled images",
-            checkpoint.path.name,
-            checkpoint.flip,
-            model.flip,
-            checkpoint.flip,
-        )
+    fill(model, checkpoint, strict, resize)
+    warning = flip_warning(model, checkpoint)
+    if warning:
+        _logger.warning("%s", warning)
     return model
+
+
+def flip_warning(model: nn.Module, checkpoint: Checkpoint) -> str:
+    """What to tell a user whose weights were trained with another flip rule than the model has; "" if they were not."""
+    if not isinstance(model, Adventurer) or checkpoint.flip in (None, model.flip):
+        return ""
+    return (
+        f"{checkpoint.path.name} goes with flip={checkpoint.flip!r}, the model has flip={model.flip!r}: create it with "
+        f"flip={checkpoint.flip!r}, or let `patchscale eval --flip auto` choose on labelled images"
+    )
 
 
 def infer_model_args(weights: dict[str, Tensor]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,9 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from patchscale.errors import UserError
+from patchscale.tasks.distillation import Distillation
+
+Loss = Literal["cross-entropy", "bce"]
 
 
 @dataclass(frozen=True)
@@ -32,31 +36,71 @@ class Classification:
         smoothing: share of the target spread over all classes.
         mixup: alpha of mixup; 0 for none.
         cutmix: alpha of cutmix; 0 for none. With both, each batch gets one of them at even odds, as published.
+        mixup_batch: images that are mixed among themselves with one draw; all that come together if None. Published:
+            each GPU's batch.
+        loss: ``"cross-entropy"``, or ``"bce"``, binary cross entropy for each class, where every class that is in a
+            mixed image counts in full (as published).
+        distillation: a teacher's part in the loss.
 
     Raises:
-        UserError: a smoothing outside [0, 1), a negative alpha.
+        UserError: a smoothing outside [0, 1), a negative alpha, an odd ``mixup_batch``, an unknown loss.
     """
 
-    def __init__(self, num_classes: int, smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mixup_batch: int | None = None,
+        loss: Loss = "cross-entropy",
+        distillation: Distillation | None = None,
+    ) -> None:
         if not 0 <= smoothing < 1:
             raise UserError(f"smoothing is {smoothing}, expected 0 up to but not including 1")
         if mixup < 0 or cutmix < 0:
             raise UserError(f"mixup and cutmix are {mixup} and {cutmix}, expected 0 (off) or more")
+        if mixup_batch is not None and (mixup_batch < 2 or mixup_batch % 2):
+            raise UserError(f"mixup_batch is {mixup_batch}, expected an even number: images are mixed in pairs")
+        if loss not in ("cross-entropy", "bce"):
+            raise UserError(f"loss is {loss!r}, expected 'cross-entropy' or 'bce'")
+        self.num_classes, self.smoothing, self.kind = num_classes, smoothing, loss
+        self.mixup_batch, self.distillation = mixup_batch, distillation
+        # Cross entropy takes its smoothing with the mixed targets; for "bce" they tell which classes are there at all.
+        mixed_smoothing = smoothing if loss == "cross-entropy" else 0.0
         self.mixup = (
-            Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes) if mixup or cutmix else None
+            Mixup(mixup, cutmix, label_smoothing=mixed_smoothing, num_classes=num_classes) if mixup or cutmix else None
         )
-        self.smoothing = 0.0 if self.mixup else smoothing  # mixup puts it into its soft targets
 
     def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mix a batch: images (n, channels, height, width), labels (n,) or, mixed, (n, num_classes)."""
         if self.mixup is None:
             return images, labels
         even = len(images) // 2 * 2  # images are mixed in pairs
-        return self.mixup(images[:even], labels[:even])
+        size = self.mixup_batch or even
+        groups = zip(images[:even].split(size), labels[:even].split(size), strict=True)
+        mixed, targets = zip(*(self.mixup(group, group_labels) for group, group_labels in groups), strict=True)
+        return torch.cat(mixed), torch.cat(targets)
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy, in nats."""
-        return F.cross_entropy(_float(model(images)), targets, label_smoothing=self.smoothing)
+        """The mean loss, in nats. A model may answer twice, for the labels and for the teacher."""
+        answer = model(images)
+        logits, to_teacher = map(_float, answer if isinstance(answer, tuple) else (answer, answer))
+        targets = targets.to(logits.dtype) if targets.is_floating_point() else targets
+        if self.kind == "bce":
+            loss = self._binary_cross_entropy(logits, targets)
+        else:
+            smoothing = 0.0 if self.mixup else self.smoothing
+            loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        return loss if self.distillation is None else self.distillation.loss(loss, images, to_teacher)
+
+    def _binary_cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Smoothed after it is settled which classes are there; the published code smooths first: then all are."""
+        if targets.ndim == 1:
+            targets = F.one_hot(targets, self.num_classes)
+        present = (targets > 0).to(logits.dtype)
+        smoothed = present * (1 - self.smoothing) + self.smoothing / self.num_classes
+        return F.binary_cross_entropy_with_logits(logits, smoothed)
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Scores:

@@ -1,4 +1,4 @@
-"""From a recipe to the parts of its run: folder, data, model."""
+"""From a recipe to the parts of its run: folder, data, model, task."""
 
 import difflib
 import time
@@ -15,11 +15,15 @@ from torch.utils.data import DataLoader
 from patchscale.data.sampling import EpochSampler
 from patchscale.data.sources import Source, Transform, Transformed, Unreadable, collate, open_source
 from patchscale.data.transforms import Preprocessing
-from patchscale.errors import UserError
+from patchscale.errors import UserError, first_line
 from patchscale.files import make_folder
 from patchscale.models.adventurer import Adventurer
 from patchscale.models.published import evaluation_crop
-from patchscale.train.checkpoint import LAST
+from patchscale.models.weight_files import fill, read_checkpoint
+from patchscale.models.weights import flip_warning, load_weights
+from patchscale.tasks.classification import Classification
+from patchscale.tasks.distillation import Distillation, Teacher
+from patchscale.train.checkpoint import LAST, load_model
 from patchscale.train.device import default_workers
 from patchscale.train.recipe import Recipe
 
@@ -82,6 +86,97 @@ def preprocessing_for(recipe: Recipe, model: nn.Module, source: Source) -> Prepr
     patch = getattr(patch_embed, "patch_size", (16, 16))
     crop = recipe.eval_crop if recipe.eval_crop is not None else evaluation_crop(max(patch), max(size))
     return Preprocessing(tuple(size), source.channels, source.mean, source.std, crop)
+
+
+def start_from(model: nn.Module, recipe: Recipe, note: Callable[[str], None]) -> dict[str, str]:
+    """Fill a model with the weights that the recipe starts from; a head of other classes keeps its own.
+
+    Returns:
+        What was resized and how, in words, for the run's checkpoints.
+
+    Raises:
+        UserError: as :func:`patchscale.load_weights`.
+    """
+    checkpoint = read_checkpoint(recipe.weights, recipe.which)  # type: ignore[arg-type]  # called where there are some
+    resized = fill(model, checkpoint, strict=False, resize=recipe.resize)
+    warning = flip_warning(model, checkpoint)
+    if warning:
+        note(warning)
+    return resized
+
+
+def training_transform(recipe: Recipe, preprocessing: Preprocessing) -> Transform:
+    """The recipe's augmentation of single images."""
+    return preprocessing.training_transform(
+        recipe.crop_scale,
+        recipe.hflip,
+        recipe.color_jitter,
+        recipe.auto_augment,
+        recipe.random_erasing,
+        recipe.simple_random_crop,
+    )
+
+
+def make_task(recipe: Recipe, num_classes: int, teacher: nn.Module | None) -> Classification:
+    """The recipe's loss and mixing."""
+    distillation = None
+    if teacher is not None and recipe.distillation != "none":
+        distillation = Distillation(teacher, recipe.distillation, recipe.distillation_alpha, recipe.distillation_tau)
+    return Classification(
+        num_classes, recipe.smoothing, recipe.mixup, recipe.cutmix, recipe.mixup_batch, recipe.loss, distillation
+    )
+
+
+def make_teacher(recipe: Recipe, classes: tuple[str, ...], preprocessing: Preprocessing) -> Teacher | None:
+    """The classifier that the recipe learns from, if it names one, taking the student's images.
+
+    Raises:
+        UserError: there is no such model or file, or it has other classes or channels than the data.
+    """
+    if recipe.teacher is None:
+        return None
+    model, wanted, taught = _teacher_model(recipe, len(classes), preprocessing)
+    if model.num_classes != len(classes):
+        raise UserError(
+            f"the teacher {recipe.teacher} tells {model.num_classes} classes apart, the data has {len(classes)}: take "
+            "one that was trained on this data, or give --teacher-weights of one that was"
+        )
+    if taught is not None and taught != classes:
+        raise UserError(f"the teacher {recipe.teacher} learned other classes, or the same in another order")
+    student = preprocessing.mean, preprocessing.std
+    own = (wanted.mean, wanted.std) if len(wanted.mean) == preprocessing.channels else student
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    fixed = model.pretrained_cfg.get("fixed_input_size") or getattr(patch_embed, "strict_img_size", False)
+    return Teacher(model, student, own, wanted.img_size if fixed else None)
+
+
+def _teacher_model(
+    recipe: Recipe, num_classes: int, preprocessing: Preprocessing
+) -> tuple[Any, Preprocessing, tuple[str, ...] | None]:
+    """The teacher, how it is fed, and the names of its classes where they are recorded."""
+    name: Any = recipe.teacher
+    if not timm.is_model(name) and not name.startswith("hf-hub:") and recipe.teacher_weights is None:
+        if not Path(name).exists() and "/" not in name:
+            check_model_name(name)  # a name, and a wrong one
+        loaded = load_model(name)
+        if loaded.preprocessing.channels != preprocessing.channels:
+            raise UserError(
+                f"the teacher {name} takes {loaded.preprocessing.channels} channels, the data has "
+                f"{preprocessing.channels}"
+            )
+        return loaded.model, loaded.preprocessing, loaded.classes
+    arguments: dict[str, Any] = {"in_chans": preprocessing.channels}
+    try:
+        if recipe.teacher_weights is None:
+            model = timm.create_model(name, pretrained=True, **arguments)
+        else:
+            model = create_model(name, arguments | {"num_classes": num_classes})
+            load_weights(model, recipe.teacher_weights)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"the teacher {name} has no weights to be had ({first_line(e)}): give --teacher-weights") from e
+    config = timm.data.resolve_model_data_config(model)
+    channels, *size = config["input_size"]
+    return model, Preprocessing((size[0], size[1]), channels, config["mean"], config["std"], 1.0), None
 
 
 def make_loader(

@@ -19,16 +19,19 @@ from patchscale.data.sampling import EpochSampler, seed_words
 from patchscale.data.sources import Unreadable
 from patchscale.errors import TrainingStopped, UserError
 from patchscale.files import write_atomically
-from patchscale.models.weights import load_weights
-from patchscale.tasks.classification import Classification, Scores
+from patchscale.tasks.classification import Scores
 from patchscale.train.build import (
     create_model,
     make_loader,
+    make_task,
+    make_teacher,
     model_arguments,
     open_sources,
     preprocessing_for,
     refuse_or_note,
     run_folder,
+    start_from,
+    training_transform,
 )
 from patchscale.train.checkpoint import BEST, LAST, read_training_state, save_checkpoint
 from patchscale.train.device import autocast, resolve_device
@@ -128,7 +131,7 @@ class _Run:
         train_source, val_source = open_sources(recipe)
         if val_source.note:
             observer.note(val_source.note)
-        sampler = EpochSampler(len(train_source), recipe.seed)
+        sampler = EpochSampler(len(train_source), recipe.seed, recipe.repeated_aug)
         batch, parts = split_batch(recipe.global_batch, recipe.device_batch)
         if batch > len(sampler):
             raise UserError(
@@ -138,8 +141,9 @@ class _Run:
         _seed(recipe.seed, 0, 0)
         self.model_args = model_arguments(recipe, train_source)
         model = create_model(recipe.model, self.model_args)
+        self.resized = {} if state is None else state["resized"]
         if recipe.weights is not None and state is None:
-            load_weights(model, recipe.weights, strict=False)
+            self.resized = start_from(model, recipe, observer.note)
         if recipe.grad_checkpointing:
             model.set_grad_checkpointing()
         freeze(model, recipe.freeze)
@@ -147,8 +151,9 @@ class _Run:
         self.model = model.to(self.device, self.dtype)
         self.classes = train_source.classes
         self.preprocessing = preprocessing_for(recipe, model, train_source)
-        self.task = Classification(len(self.classes), recipe.smoothing, recipe.mixup, recipe.cutmix)
-        augmented = self.preprocessing.training_transform(recipe.crop_scale, recipe.hflip, recipe.color_jitter)
+        teacher = make_teacher(recipe, self.classes, self.preprocessing)
+        self.task = make_task(recipe, len(self.classes), teacher and teacher.to(self.device, self.dtype))
+        augmented = training_transform(recipe, self.preprocessing)
         evaluated = self.preprocessing.transform()
         self.sampler = sampler
         self.train_loader = make_loader(train_source, augmented, batch, recipe.workers, self.device, sampler)
@@ -291,6 +296,7 @@ class _Run:
             "recipe": self.recipe.to_dict(),
             "model_name": self.recipe.model,
             "model_args": self.model_args,
+            "resized": self.resized,
             "preprocessing": asdict(self.preprocessing),
             "classes": list(self.classes),
         }

@@ -1,13 +1,17 @@
 """All of a training run, in one dataclass; each field is a flag of ``patchscale train``."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
 from patchscale.errors import UserError
+from patchscale.models.tokens import Resize
+from patchscale.models.weight_files import Which
+from patchscale.tasks.classification import Loss
 
 Precision = Literal["32-true", "bf16-mixed", "64-true"]
 
@@ -34,6 +38,11 @@ class Recipe:
     """Stochastic depth."""
     weights: str | None = None
     """Start from these weights (a file, URL or Hub id); patches and positions are resized to fit."""
+    which: Which = "model"
+    """Start from the trained weights in that file, or from their moving average."""
+    resize: Resize = "correct"
+    """Positions are resized rightly, or as the published code does, which takes the first of them for the class
+    token's although it is the last."""
     limit_train: int | None = None
     """Train on this many images, a fixed random sample."""
     limit_val: int | None = None
@@ -45,14 +54,36 @@ class Recipe:
     """Range of the random crop's share of the image's area."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
+    simple_random_crop: bool = False
+    """Instead of that crop: resize to the image size, pad 4 pixels by reflection, crop at random."""
+    auto_augment: str | None = None
+    """timm's name of a policy: 3a for 3-Augment, rand-m9-mstd0.5-inc1 for RandAugment."""
     color_jitter: float = 0.0
-    """Strength of colour jitter."""
+    """Strength of colour jitter (published with 3-Augment: 0.3; RandAugment replaces it)."""
+    random_erasing: float = 0.0
+    """Probability of erasing a rectangle."""
+    repeated_aug: int = 1
+    """Draw each image this many times in a row, and accordingly fewer images an epoch (published: 3)."""
     mixup: float = 0.0
     """Alpha of mixup (published: 0.8)."""
     cutmix: float = 0.0
     """Alpha of cutmix (published: 1)."""
+    mixup_batch: int | None = None
+    """Images mixed among themselves with one draw (published: each GPU's batch); by default all of a step."""
     smoothing: float = 0.1
     """Label smoothing."""
+    loss: Loss = "cross-entropy"
+    """bce: binary cross entropy for each class, where every class of a mixed image counts in full."""
+    teacher: str | None = None
+    """Learn from this classifier too: a timm model with its published weights, or a file or run of this library."""
+    teacher_weights: str | None = None
+    """Weights for the timm model that --teacher names, instead of its published ones."""
+    distillation: Literal["none", "soft", "hard"] = "none"
+    """Learn the teacher's probabilities (soft) or its most likely class (hard)."""
+    distillation_alpha: float = 0.5
+    """The teacher's share of the loss."""
+    distillation_tau: float = 1.0
+    """Temperature of soft distillation."""
     eval_crop: float | None = None
     """Share of the image that evaluation's centre crop keeps; by default as published for the size, 1 up to 32 px."""
 
@@ -101,16 +132,21 @@ class Recipe:
     """Folder of the run; by default a new one under runs/."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch", "device_batch", "lr", "layer_decay"):
+        for name in ("epochs", "global_batch", "device_batch", "lr", "layer_decay", "repeated_aug"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{_flag(name)} is {value}, expected more than 0")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise UserError(f"--crop-scale is {low} {high}, expected 0 < low <= high <= 1")
-        for name in ("hflip", "drop_path", "layer_decay"):
+        for name in ("hflip", "drop_path", "layer_decay", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{_flag(name)} is {getattr(self, name)}, expected 0 to 1")
+        if (self.distillation == "none") != (self.teacher is None):
+            raise UserError(
+                f"--distillation is {self.distillation} and --teacher is {self.teacher}: learning from a teacher needs "
+                "--distillation soft or hard, and --teacher NAME"
+            )
         if self.eval_crop is not None and not 0 < self.eval_crop <= 1:
             raise UserError(f"--eval-crop is {self.eval_crop}, expected more than 0, up to 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -137,15 +173,39 @@ class Recipe:
         """What :meth:`to_dict` gave.
 
         Raises:
-            UserError: a field that this version does not know.
+            UserError: a field that this version does not know, or a value of another type.
         """
-        unknown = values.keys() - {f.name for f in fields(cls)}
+        hints = get_type_hints(cls)
+        unknown = values.keys() - hints.keys()
         if unknown:
             raise UserError(f"the recipe has unknown fields: {', '.join(sorted(unknown))}")
+        for name, value in values.items():
+            if not _fits(value, hints[name]):
+                raise UserError(f"the recipe's {name} is {value!r}; see {_flag(name)} in `patchscale train --help`")
         restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         if restored.get("output") is not None:
             restored["output"] = Path(restored["output"])
         return cls(**restored)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value, as JSON and TOML give it, is of a field's type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if hint is NoneType:
+        return value is None
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    accepted = {float: (int, float), Path: (str, Path)}.get(hint, hint)
+    return isinstance(value, accepted)
 
 
 def _flag(name: str) -> str:

@@ -1,0 +1,201 @@
+"""Runs of several stages: recipe files, and the runner that starts each stage from the last one's weights.
+
+A recipe file is TOML::
+
+    base = "adventurer_base_patch16"   # optional: start from another recipe's stages
+    stages = ["pretrain", "finetune"]  # optional: which of them, in this order
+    [all]                              # fields of every stage, as in `patchscale train --help`
+    model = "adventurer_base_patch8"
+    [stage.finetune]                   # fields of one stage, new or the base's; these come last
+    epochs = 10
+    [published]                        # what the authors report; read by people
+
+Later lines win: the base's fields, then ``all``, then the stage's own.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from patchscale.errors import UserError, first_line
+from patchscale.models.tokens import Size
+from patchscale.train.build import create_model
+from patchscale.train.checkpoint import LAST, read_training_state
+from patchscale.train.loop import Observer, Result, train
+from patchscale.train.recipe import Recipe
+
+# Inside the installed package, or beside it in the repository.
+_FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")
+_KEYS = {"base", "stages", "all", "stage", "published"}
+
+
+class RecipeFile(NamedTuple):
+    """What a recipe file says: the fields of each stage, by the stage's name, in order, and what was published."""
+
+    name: str
+    stages: dict[str, dict[str, Any]]
+    published: dict[str, Any]
+
+
+class StageResult(NamedTuple):
+    """One stage of a run; ``result`` is None for a stage that was finished before."""
+
+    name: str
+    folder: Path
+    result: Result | None
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the library."""
+    return sorted({path.stem for folder in _FOLDERS if folder.is_dir() for path in folder.glob("*.toml")})
+
+
+def read_recipe_file(name: str) -> RecipeFile:
+    """Read a recipe by its name, or from a file of the user's own.
+
+    Raises:
+        UserError: there is none of that name (near ones are named), the file is not TOML, or it says something that a
+            recipe cannot say.
+    """
+    return _read(name, Path(), ())
+
+
+def _read(name: str, beside: Path, readers: tuple[Path, ...]) -> RecipeFile:
+    path = _find(name, beside)
+    if path in readers:
+        raise UserError(f"{path} is its own base")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise UserError(f"{path} is not a recipe: {first_line(e)}") from e
+    unknown = content.keys() - _KEYS
+    if unknown:
+        raise UserError(f"{path} has {', '.join(sorted(unknown))}; a recipe has {', '.join(sorted(_KEYS))}")
+    for key, kind in (("base", str), ("stages", list), ("all", dict), ("stage", dict), ("published", dict)):
+        if key in content and not isinstance(content[key], kind):
+            raise UserError(f"{path}: {key} is {content[key]!r}; see the head of a recipe that comes with patchscale")
+    own = content.get("stage", {})
+    bad = next((k for k, v in own.items() if not isinstance(v, dict)), None)
+    if bad is not None:
+        raise UserError(f"{path}: stage.{bad} is {own[bad]!r}; the fields of a stage go under [stage.NAME]")
+    base = _read(content["base"], path.parent, (*readers, path)) if "base" in content else None
+    known = (base.stages if base else {}) | {name: {} for name in own if not base or name not in base.stages}
+    chosen = content.get("stages", list(known))
+    missing = [str(name) for name in chosen if name not in known]
+    if missing or not chosen:
+        what = f"no stage {', '.join(missing)}" if missing else "no stages"
+        raise UserError(f"{path} has {what}; it has {', '.join(known) or '[stage.NAME] nowhere'}")
+    stages = {name: known[name] | content.get("all", {}) | own.get(name, {}) for name in chosen}
+    for stage, values in stages.items():
+        unknown = values.keys() - {f.name for f in fields(Recipe)}
+        if unknown:
+            raise UserError(f"{path}, stage {stage}: {_unknown_fields(unknown)}")
+    return RecipeFile(path.stem, stages, content.get("published", {}))
+
+
+def _find(name: str, beside: Path) -> Path:
+    if name.endswith(".toml"):
+        path = beside / Path(name).expanduser()
+        if path.is_file():
+            return path.resolve()
+        raise UserError(f"no such recipe file: {path}")
+    found = next((f / f"{name}.toml" for f in (beside, *_FOLDERS) if (f / f"{name}.toml").is_file()), None)
+    if found is not None:
+        return found.resolve()
+    names = recipe_names()
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.5) or names[:4]
+    raise UserError(f"unknown recipe {name!r}; did you mean {', '.join(near)}? A file of your own ends in .toml")
+
+
+def _unknown_fields(unknown: set[str]) -> str:
+    known = [f.name for f in fields(Recipe)]
+    texts = []
+    for name in sorted(unknown):
+        near = difflib.get_close_matches(name, known, n=1)
+        texts.append(f"unknown field {name}" + (f" (did you mean {near[0]}?)" if near else ""))
+    return ", ".join(texts)
+
+
+def run_stages(
+    stages: dict[str, Recipe],
+    folder: Path,
+    only: str | None = None,
+    observer: Callable[[str], Observer] = lambda stage: Observer(),
+) -> Iterator[StageResult]:
+    """Run stages in order, each in a folder of its own and from the last one's final weights.
+
+    A stage that is finished is passed over, and one that was interrupted goes on: the same call again finishes what
+    the first one began. The first stage starts from its recipe's ``weights``, if it names any; so does a stage that is
+    run alone; all others start from the stage before, with the trained weights or their average as ``which`` says.
+
+    Args:
+        stages: recipes by name.
+        folder: gets ``1_NAME``, ``2_NAME``, ...
+        only: the name of one stage, or its number from 1.
+        observer: made for each stage, and told what happens.
+
+    Yields:
+        Each stage, when it is done.
+
+    Raises:
+        UserError: a stage cannot be run as its recipe says; nothing is run then. Or ``only`` is none of the stages, or
+            its stage would start from one that has not finished.
+        TrainingStopped: as :func:`patchscale.train.loop.train`.
+    """
+    names = list(stages)
+    chosen = names if only is None else [_choose(names, only)]
+    folders = {name: folder / f"{i}_{name}" for i, name in enumerate(names, start=1)}
+    for name in chosen:
+        _check(name, stages[name])
+    for name in chosen:
+        recipe, place = replace(stages[name], output=folders[name]), folders[name]
+        done = _epochs_done(place)
+        if done is not None and done >= recipe.epochs:
+            observer(name).note(f"stage {name} has run its {recipe.epochs} epochs: {place}")
+            yield StageResult(name, place, None)
+            continue
+        if done is None and name != names[0] and (only is None or recipe.weights is None):
+            before = names[names.index(name) - 1]
+            finished = _epochs_done(folders[before])
+            if finished is None or finished < stages[before].epochs:
+                raise UserError(
+                    f"stage {name} starts from the weights of stage {before}, which is not finished in "
+                    f"{folders[before]}: run that first, or give --weights"
+                )
+            recipe = replace(recipe, weights=str(folders[before] / LAST))
+        result = train(recipe, None if done is None else place, observer(name))
+        yield StageResult(name, place, result)
+
+
+def _choose(names: list[str], only: str) -> str:
+    if only in names:
+        return only
+    if only.isdecimal() and 1 <= int(only) <= len(names):
+        return names[int(only) - 1]
+    listed = ", ".join(f"{i} ({name})" for i, name in enumerate(names, start=1))
+    raise UserError(f"--stage is {only}, expected one of {listed}")
+
+
+def _check(stage: str, recipe: Recipe) -> None:
+    """Make the stage's model without memory, to find out before the first stage what is wrong with the last."""
+    sizes: dict[str, Size | int | None] = {
+        "img_size": recipe.img_size,
+        "patch_size": recipe.patch_size,
+        "embed_dim": recipe.embed_dim,
+        "depth": recipe.depth,
+    }
+    try:
+        with torch.device("meta"):
+            create_model(recipe.model, {k: v for k, v in sizes.items() if v is not None})
+    except UserError as e:
+        raise UserError(f"stage {stage}: {e}") from e
+
+
+def _epochs_done(folder: Path) -> int | None:
+    """How many epochs a stage's folder holds; None if it holds no checkpoint."""
+    return read_training_state(folder)["epoch"] if (folder / LAST).exists() else None
