@@ -9,7 +9,7 @@ Parameter names are those of the published checkpoints. The models are registere
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -261,7 +261,7 @@ class Adventurer(nn.Module):
         else:
             rows_and_columns = self.patch_embed(x)
             tokens = rows_and_columns.flatten(1, 2)
-            positions = self._positions(tuple(rows_and_columns.shape[1:3]))
+            positions = self._positions(rows_and_columns.shape[1:3])
         return torch.cat([tokens, self.cls_token.expand(tokens.shape[0], -1, -1)], dim=1) + positions
 
     def _embed_slice(self, x: Tensor, group: SequenceGroup) -> tuple[Tensor, Tensor]:
@@ -277,10 +277,10 @@ class Adventurer(nn.Module):
             torch.cat([positions[:, own], positions[:, -1:]], dim=1),
         )
 
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
+    def _positions(self, grid: Sequence[int]) -> Tensor:
         if not self.dynamic_img_size:
             return self.pos_embed
-        return resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
+        return resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, (grid[0], grid[1]))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, patches + 1, embed_dim), normed, the class token last."""
