@@ -172,3 +172,47 @@ def test_help_is_no_error(arguments):
     assert found.returncode == 0
     assert "Traceback" not in found.stderr
     assert len(found.stdout.splitlines()) > 5
+
+
+RECIPE = ["train", "--recipe", "digits_three_stage", "--embed-dim", "32", "--depth", "1", "--limit-train", "64"]
+
+
+def test_a_recipe_runs_its_stages_and_flags_change_them_all(capsys, tmp_path):
+    arguments = [*RECIPE, "--epochs", "1", "--output", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(\w+)  last: ", printed, re.M) == ["coarse", "finer", "pixels"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["1_coarse", "2_finer", "3_pixels"]
+    assert main(arguments) == 0
+    assert "last:" not in capsys.readouterr().out
+    # One epoch more: every stage goes on.
+    assert main([*arguments, "--stage", "coarse", "--epochs", "2"]) == 0
+    assert re.findall(r"^coarse  epoch (\d+)", capsys.readouterr().out, re.M) == ["2"]
+
+
+def test_a_recipe_is_shown_as_the_flags_leave_it(capsys):
+    assert main(["train", "--recipe", "adventurer_base_patch8", "--lr", "0.25", "--show"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if not line.startswith(" ")][:3] == [
+        "1 pretrain",
+        "2 intermediate",
+        "3 finetune",
+    ]
+    assert out.count("lr = 0.25") == out.count("model = adventurer_base_patch8") == 3
+    assert "published top1: 83.9" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "digits_three_stages"], "unknown recipe 'digits_three_stages'; did you mean digits_three_stage"),
+        (["--recipe", "adventurer_tiny_patch8"], "names no data (published recipes are for ImageNet-1k: folder:PATH)"),
+        (["--recipe", "digits_three_stage", "--stage", "4"], "expected one of 1 (coarse), 2 (finer), 3 (pixels)"),
+        (["--recipe", "digits_three_stage", "--stage", "pixels"], "starts from the weights of stage finer"),
+        (["--recipe", "digits_three_stage", "--resume", "/no/such/run"], "leave out --resume"),
+        (["--model", "adventurer_tiny_patch4", "--data", "digits", "--stage", "1"], "give --recipe too"),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, ["train", *arguments])

@@ -157,3 +157,52 @@ def test_collate_leaves_the_unreadable_out():
     assert images.shape == (2, 1, 2, 2)
     assert labels.tolist() == [3, 3]
     assert unreadable == [bad]
+
+
+def test_inaturalist_is_read_as_torchvision_lays_it_out(tmp_path):
+    from torchvision.datasets import INaturalist
+
+    ranks = "Animalia_Chordata_Aves_Passeriformes_Corvidae_Corvus"
+    species = [f"0000{i}_{ranks}_{name}" for i, name in enumerate(("corax", "cornix", "corone"))]
+    for split, (number, name) in itertools.product(("2021_train", "2021_valid"), enumerate(species)):
+        for index in range(number + 1):
+            path = tmp_path / split / name / f"{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (10, 12), (index * 50, 50, 200)).save(path)
+    source = open_source(f"inat:{tmp_path}", "train")
+    torchvisions = INaturalist(str(tmp_path), version="2021_train", target_type="full")
+    assert source.classes == tuple(species)
+    assert [source.dataset[i][1] for i in range(6)] == [torchvisions[i][1] for i in range(6)] == [0, 1, 1, 2, 2, 2]
+    assert open_source(f"inat:{tmp_path}", "val").classes == source.classes
+    (tmp_path / "2021_train").rename(tmp_path / "2021_train_mini")
+    assert len(open_source(f"inat:{tmp_path}", "train")) == 6
+    (tmp_path / "2021_valid").rename(tmp_path / "other")
+    with pytest.raises(UserError, match="holds no 2021_valid"):
+        open_source(f"inat:{tmp_path}", "val")
+
+
+def test_cifar10_is_read_as_torchvision_lays_it_out(tmp_path, monkeypatch):
+    import hashlib
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    with pytest.raises(UserError, match="cifar-10-batches-py"):
+        open_source(f"cifar10:{tmp_path}", "val")
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
+    contents = {
+        "test_batch": {"data": pixels.reshape(4, -1), "labels": [0, 9, 1, 1]},
+        "batches.meta": {"label_names": list("abcdefghij")},
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+    md5 = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in contents}
+    monkeypatch.setattr(CIFAR10, "train_list", [])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5["batches.meta"]})
+    source = open_source(f"cifar10:{tmp_path}", "val")
+    assert source.classes == tuple("abcdefghij")
+    assert [source.dataset[i][1] for i in range(4)] == [0, 9, 1, 1]
+    assert np.array_equal(np.asarray(source.dataset[2][0]), pixels[2].transpose(1, 2, 0))

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from patchscale.data.transforms import Preprocessing
+from patchscale.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -59,3 +60,101 @@ def test_visible_is_what_the_model_sees():
     preprocessing = Preprocessing((32, 32), 3, (0.0,) * 3, (1.0,) * 3, 0.875)
     seen = np.asarray(preprocessing.visible(image), np.float32) / 255
     assert np.allclose(preprocessing.transform()(image).permute(1, 2, 0), seen, atol=1e-6)
+
+
+def colours(**kwargs):
+    """The colour changes alone: no crop, no flip, no normalisation."""
+    preprocessing = Preprocessing((16, 16), 3, (0.0,) * 3, (1.0,) * 3, 1.0)
+    return preprocessing.training_transform((1.0, 1.0), hflip=0.0, **{"color_jitter": 0.0, **kwargs})
+
+
+def test_three_augment_is_one_of_grey_solarised_and_blurred_at_even_odds():
+    import random
+
+    from PIL import ImageFilter, ImageOps
+    from torchvision.transforms import functional as F
+
+    image = noise(16, 16)
+    transform = colours(auto_augment="3a")
+    plain = colours()(image)
+    whole = F.to_pil_image(plain)
+    grey = F.to_tensor(ImageOps.grayscale(whole)).expand(3, -1, -1)
+    solarised = F.to_tensor(ImageOps.solarize(whole, 128))
+    blurs = [F.to_tensor(whole.filter(ImageFilter.GaussianBlur(r / 20))) for r in range(2, 41)]
+    counts = {"grey": 0, "solarised": 0, "blurred": 0}
+    random.seed(0)
+    for _ in range(300):
+        found = transform(image)
+        if torch.allclose(found, grey, atol=1.5 / 255):
+            counts["grey"] += 1
+        elif torch.allclose(found, solarised, atol=1e-6):
+            counts["solarised"] += 1
+        else:
+            nearest = min((found - blurred).abs().mean() for blurred in blurs)
+            assert nearest < 4 / 255
+            counts["blurred"] += 1
+    assert all(70 <= count <= 130 for count in counts.values()), counts  # 100 each; 4 standard deviations
+
+
+def test_colour_jitter_comes_after_three_augment_and_not_with_randaugment():
+    def names(**kwargs):
+        return [type(step).__name__ for step in colours(color_jitter=0.3, **kwargs).transforms]
+
+    assert names(auto_augment="3a")[1:3] == ["AutoAugment", "ColorJitter"]
+    assert "ColorJitter" not in names(auto_augment="rand-m9-mstd0.5-inc1")
+    assert names(auto_augment="rand-m9-mstd0.5-inc1")[1] == "RandAugment"
+
+
+def test_randaugment_moves_and_fills_as_published():
+    preprocessing = Preprocessing((64, 64), 3, MEAN, STD, 1.0)
+    transform = preprocessing.training_transform((0.08, 1.0), 0.5, 0.3, auto_augment="rand-m9-mstd0.5-inc1")
+    (randaugment,) = (step for step in transform.transforms if type(step).__name__ == "RandAugment")
+    operations = {operation.name: operation for operation in randaugment.ops}
+    assert len(operations) == 15
+    assert randaugment.num_layers == 2
+    for operation in operations.values():
+        assert (operation.magnitude, operation.magnitude_std) == (9, 0.5)
+        assert operation.kwargs["fillcolor"] == tuple(round(255 * m) for m in MEAN)
+        assert operation.hparams["translate_const"] == int(0.45 * 64)
+
+
+def test_a_simple_crop_is_a_shifted_copy_with_reflected_borders():
+    image = noise(16, 16)
+    transform = colours(simple_random_crop=True)
+    whole = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    padded = torch.nn.functional.pad(whole, (4, 4, 4, 4), mode="reflect")
+    windows = {(y, x): padded[:, y : y + 16, x : x + 16] for y in range(9) for x in range(9)}
+    seen = set()
+    torch.manual_seed(0)
+    for _ in range(60):
+        found = transform(image)
+        seen |= {place for place, window in windows.items() if torch.allclose(found, window, atol=1e-6)}
+    assert len(seen) > 30
+    assert transform(noise(40, 20)).shape == (3, 16, 16)
+
+
+def test_erasing_fills_a_rectangle_with_noise():
+    erased = colours(random_erasing=1.0)(Image.new("RGB", (16, 16), "white"))
+    changed = (erased != 1).any(0)
+    rows, columns = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
+    assert changed.sum() == len(rows) * len(columns) > 0
+    assert erased[:, changed].unique().numel() > changed.sum()
+
+
+def test_grey_images_take_every_policy():
+    preprocessing = Preprocessing((8, 8), 1, (0.3,), (0.4,), 1.0)
+    for policy in ("3a", "rand-m9-mstd0.5-inc1"):
+        transform = preprocessing.training_transform((0.5, 1.0), 0.5, 0.3, auto_augment=policy)
+        for _ in range(60):
+            assert transform(noise(8, 8).convert("L")).shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("policy", ["nonsense", "rand-z9", "3b"])
+def test_an_unknown_policy_is_refused(policy):
+    with pytest.raises(UserError, match=f"--auto-augment '{policy}'"):
+        colours(auto_augment=policy)
+
+
+def test_a_simple_crop_of_tiny_images_is_refused():
+    with pytest.raises(UserError, match="--simple-random-crop needs"):
+        Preprocessing((4, 4), 1, (0.3,), (0.4,), 1.0).training_transform((1.0, 1.0), 0.0, 0.0, simple_random_crop=True)

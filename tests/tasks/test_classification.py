@@ -79,3 +79,54 @@ def test_mixing_drops_the_odd_image():
 def test_bad_values_are_refused(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         Classification(10, **bad)
+
+
+def test_binary_cross_entropy_is_timms_on_plain_labels():
+    from timm.loss import BinaryCrossEntropy
+
+    images, labels = batch()
+    for smoothing in (0.0, 0.1):
+        ours = Classification(10, smoothing=smoothing, loss="bce").loss(Fixed(), images, labels)
+        timms = BinaryCrossEntropy(smoothing)(images[:, 0, 0], labels)
+        assert ours.item() == pytest.approx(timms.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
+def test_binary_cross_entropy_counts_the_classes_of_a_mixed_image_and_no_others(smoothing, mixup, cutmix):
+    labels = torch.tensor([0, 1, 2, 2, 3, 4])
+    np.random.seed(4)  # a draw that leaves something of both images
+    task = Classification(10, smoothing=smoothing, mixup=mixup, cutmix=cutmix, loss="bce")
+    mixed, targets = task.augment(torch.randn(6, 3, 4, 10), labels)
+    present = torch.zeros(6, 10)
+    present[range(6), labels] = 1
+    present[range(6), labels.flip(0)] = 1
+    assert ((targets > 0) == (present > 0)).all()
+    wanted = present * (1 - smoothing) + smoothing / 10
+    logits = mixed[:, 0, 0]
+    expected = -(wanted * F.logsigmoid(logits) + (1 - wanted) * F.logsigmoid(-logits)).mean()
+    assert task.loss(Fixed(), mixed, targets).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_images_are_mixed_in_groups_that_draw_for_themselves():
+    images, labels = torch.arange(8.0)[:, None, None, None].repeat(1, 3, 4, 4), torch.arange(8)
+    np.random.seed(0)
+    _, targets = Classification(8, mixup=0.8, mixup_batch=4).augment(images.clone(), labels)
+    partners = [sorted(row.nonzero().flatten().tolist()) for row in targets]
+    assert partners == [[0, 3], [1, 2], [1, 2], [0, 3], [4, 7], [5, 6], [5, 6], [4, 7]]
+    shares = targets[range(8), labels]
+    assert len(set(shares[:4].tolist())) == len(set(shares[4:].tolist())) == 1
+    assert shares[0] != shares[4]
+
+
+@pytest.mark.parametrize("bad", [{"mixup_batch": 3}, {"loss": "mse"}])
+def test_bad_options_are_refused(bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        Classification(10, **bad)
+
+
+def test_float64_logits_are_not_rounded():
+    images, labels = batch()
+    images = images.double()
+    assert Classification(10).loss(Fixed(), images, labels).dtype == torch.float64
+    assert Classification(10).loss(Fixed(), images.bfloat16(), labels).dtype == torch.float32

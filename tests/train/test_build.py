@@ -1,8 +1,12 @@
 import pytest
+import timm
+import torch
 
+from patchscale.data.transforms import Preprocessing
 from patchscale.errors import UserError
-from patchscale.train.build import check_model_name, create_model, run_folder
+from patchscale.train.build import check_model_name, create_model, make_teacher, run_folder
 from patchscale.train.checkpoint import LAST
+from patchscale.train.loop import train
 from patchscale.train.recipe import Recipe
 
 
@@ -30,3 +34,62 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
         run_folder(Recipe("m", "d", output=tmp_path / "file" / "run"), None)
+
+
+def preprocessing(channels=3):
+    return Preprocessing((32, 32), channels, (0.5,) * channels, (0.25,) * channels, 1.0)
+
+
+def distilled(**changes) -> Recipe:
+    return Recipe("m", "d", distillation="hard", **changes)
+
+
+def test_a_timm_model_with_weights_of_ones_own_teaches(tmp_path):
+    model = timm.create_model("test_vit", num_classes=4).eval()  # 160 px alone
+    torch.save(model.state_dict(), tmp_path / "teacher.pth")
+    recipe = distilled(teacher="test_vit", teacher_weights=str(tmp_path / "teacher.pth"))
+    teacher = make_teacher(recipe, tuple("abcd"), preprocessing())
+    image = torch.rand(2, 3, 1, 1).expand(2, 3, 32, 32)
+    cfg = model.pretrained_cfg
+    mean, std = (torch.tensor(cfg[k])[:, None, None] for k in ("mean", "std"))
+    expected = model(((image - mean) / std)[..., :1, :1].expand(2, 3, *cfg["input_size"][1:]))
+    assert torch.allclose(teacher((image - 0.5) / 0.25), expected, atol=1e-4)
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path, recipe):
+    model = timm.create_model("test_vit", num_classes=7)
+    torch.save(model.state_dict(), tmp_path / "teacher.pth")
+    with pytest.raises(UserError, match=r"head.weight is \(7, 64\) in the file and \(4, 64\)"):
+        make_teacher(
+            distilled(teacher="test_vit", teacher_weights=str(tmp_path / "teacher.pth")), tuple("abcd"), preprocessing()
+        )
+    run = train(recipe(epochs=1, limit_train=64)).folder
+    with pytest.raises(UserError, match=r"tells 10 classes apart, the data has 4: take one"):
+        make_teacher(distilled(teacher=str(run)), tuple("abcd"), preprocessing(1))
+    with pytest.raises(UserError, match="learned other classes"):
+        make_teacher(distilled(teacher=str(run)), tuple("abcdefghij"), preprocessing(1))
+    with pytest.raises(UserError, match="takes 1 channels, the data has 3"):
+        make_teacher(distilled(teacher=str(run)), tuple("0123456789"), preprocessing())
+
+
+def test_a_teacher_of_timms_published_classes_is_refused_for_other_data(monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kw: create(name, **kw))  # without a network
+    with pytest.raises(UserError, match="tells 1000 classes apart, the data has 4"):
+        make_teacher(distilled(teacher="test_vit"), tuple("abcd"), preprocessing())
+    assert make_teacher(distilled(teacher="test_vit"), tuple(map(str, range(1000))), preprocessing()) is not None
+
+
+def test_an_unknown_teacher_is_refused_with_near_names():
+    with pytest.raises(UserError, match="unknown model 'resnet81'; did you mean"):
+        make_teacher(distilled(teacher="resnet81"), tuple("abcd"), preprocessing())
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_a_student_learns_from_a_run(recipe, tmp_path, kind):
+    teacher = train(recipe(epochs=6, output=tmp_path / "teacher"))
+    # The labels have no say: what the student learns it has from its teacher.
+    settings = {"distillation": kind, "distillation_alpha": 1.0, "epochs": 6, "lr": 2e-2 if kind == "soft" else 4e-3}
+    student = train(recipe(teacher=str(teacher.folder), output=tmp_path / "student", **settings))
+    assert teacher.scores.top1 > 60
+    assert student.scores.top1 > 40  # chance is 10

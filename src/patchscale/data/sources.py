@@ -1,4 +1,4 @@
-"""Data sets by name: ``digits``, ``cifar100:PATH``, ``folder:PATH``, or any name that timm's factory knows."""
+"""Data sets by name: ``digits``, ``cifar10:PATH``, ``cifar100:PATH``, ``inat:PATH``, ``folder:PATH``, or timm's."""
 
 import itertools
 import random
@@ -18,7 +18,10 @@ from patchscale.errors import UserError, first_line
 
 Split = Literal["train", "val"]
 
-KINDS = "digits, cifar100:PATH, folder:PATH, or a name timm knows (hfds/NAME, wds/NAME:PATH, torch/NAME:PATH)"
+KINDS = (
+    "digits, cifar10:PATH, cifar100:PATH, inat:PATH, folder:PATH, or a name timm knows (hfds/NAME, wds/NAME:PATH, "
+    "torch/NAME:PATH)"
+)
 _SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 _SAMPLE_SEED = 0
 
@@ -57,8 +60,10 @@ def open_source(name: str, split: Split, limit: int | None = None) -> Source:
 
     Args:
         name: ``digits`` (1,797 scans of 8 x 8 from scikit-learn, 80% for training), ``cifar100:PATH`` (the compact
-            copy in WebP sheets, or torchvision's ``cifar-100-python``), ``folder:PATH`` (one folder a class, under
-            ``train`` and ``val`` or as a single split), or ``hfds/...``, ``wds/...``, ``torch/...`` for timm.
+            copy in WebP sheets, or torchvision's ``cifar-100-python``), ``cifar10:PATH`` (torchvision's
+            ``cifar-10-batches-py``), ``inat:PATH`` (iNaturalist 2021 as torchvision lays it out, ``2021_train`` or
+            ``2021_train_mini``, and ``2021_valid``), ``folder:PATH`` (one folder a class, under ``train`` and ``val``
+            or as a single split), or ``hfds/...``, ``wds/...``, ``torch/...`` for timm.
         split: ``"train"`` or ``"val"``.
         limit: take this many images, a random sample that is the same every time; all if None.
 
@@ -72,6 +77,10 @@ def open_source(name: str, split: Split, limit: int | None = None) -> Source:
         source = _digits(split)
     elif kind == "cifar100" and path:
         source = _cifar100(Path(path).expanduser(), split, limit)
+    elif kind == "cifar10" and path:
+        source = _cifar10(Path(path).expanduser(), split)
+    elif kind == "inat" and path:
+        source = _inaturalist(Path(path).expanduser(), split)
     elif kind == "folder" and path:
         source = _folder(Path(path).expanduser(), split)
     elif "/" in kind:
@@ -138,6 +147,28 @@ def _cifar100(path: Path, split: Split, limit: int | None) -> Source:
     return Source(dataset, tuple(dataset.classes))
 
 
+def _cifar10(path: Path, split: Split) -> Source:
+    from torchvision.datasets import CIFAR10
+
+    _expect_folder(path)
+    try:
+        dataset = CIFAR10(str(path), train=split == "train")
+    except RuntimeError as e:
+        raise UserError(f"{path} does not hold torchvision's cifar-10-batches-py folder") from e
+    return Source(dataset, tuple(dataset.classes))
+
+
+def _inaturalist(path: Path, split: Split) -> Source:
+    """The folders that torchvision's INaturalist makes: in them, each of the 10,000 species is one folder."""
+    names = ("2021_train", "2021_train_mini") if split == "train" else ("2021_valid",)
+    root = next((path / name for name in names if (path / name).is_dir()), None)
+    if root is None:
+        raise UserError(
+            f"{path} holds no {' or '.join(names)}: iNaturalist 2021 as torchvision.datasets.INaturalist unpacks it"
+        )
+    return _class_folders(root)
+
+
 def _compact_cifar100(path: Path, split: Split, limit: int | None) -> Source:
     prefix = "train" if split == "train" else "test"
     rows, columns, side = 25, 40, 32
@@ -157,12 +188,16 @@ def _compact_cifar100(path: Path, split: Split, limit: int | None) -> Source:
 
 
 def _folder(path: Path, split: Split) -> Source:
-    from torchvision.datasets import ImageFolder
-
     _expect_folder(path)
     root, note = _split_folder(path, split)
     if len(_subfolders(root)) == 1 and len(_subfolders(_subfolders(root)[0])) > 1:
         root = _subfolders(root)[0]  # PATH/images/CLASS/...
+    return _class_folders(root, note)
+
+
+def _class_folders(root: Path, note: str = "") -> Source:
+    from torchvision.datasets import ImageFolder
+
     if not _subfolders(root):
         raise UserError(f"{root} has no class folders: expected {root}/CLASS/IMAGE")
     try:

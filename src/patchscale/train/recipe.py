@@ -23,7 +23,8 @@ class Recipe:
     model: str
     """A name that `patchscale models` lists, or any other timm model."""
     data: str
-    """digits, cifar100:PATH, folder:PATH, or a name timm knows (hfds/NAME, wds/NAME:PATH, torch/NAME:PATH)."""
+    """digits, cifar10:PATH, cifar100:PATH, inat:PATH (iNaturalist 2021), folder:PATH, or a name timm knows (hfds/NAME,
+    wds/NAME:PATH, torch/NAME:PATH)."""
     img_size: int | tuple[int, int] | None = None
     """Image size the model is made for; by default the one in its name."""
     patch_size: int | tuple[int, int] | None = None
