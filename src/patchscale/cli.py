@@ -3,6 +3,7 @@
 import logging
 import math
 import platform
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,6 +75,39 @@ def train(arguments: list[str]) -> None:
         for done in run_stages(stages, folder, given.stage, lambda stage: _display(bar, f"{stage}  ")):
             if done.result is not None:
                 _print_result(done.result, f"{done.name}  ")
+
+
+def read_train(arguments: list[str]) -> list[Recipe]:
+    """What ``train`` would run with these arguments.
+
+    Raises:
+        UserError: it would refuse them.
+    """
+    from patchscale.train.stages import read_recipe_file
+
+    name = _flag_value(arguments, "--recipe")
+    if name is None:
+        return [_parse_train(arguments).settings]
+    stages = read_recipe_file(name).stages
+    return [_parse_stage(arguments, name, stage, values).settings for stage, values in stages.items()]
+
+
+def launch(arguments: list[str]) -> None:
+    """Train as a Slurm job, or in the background here: launch slurm|local FLAGS -- what follows `train`."""
+    from patchscale.train.launch import Local, Slurm, submit
+
+    here = arguments.index("--") if "--" in arguments else len(arguments)
+    flags, training = arguments[:here], arguments[here + 1 :]
+    options = tyro.cli(Slurm | Local, args=flags, prog="patchscale launch", description=launch.__doc__)  # type: ignore
+    if not training:
+        raise UserError(f"launch {flags[0]} what? After --, write what follows `patchscale train`: -- --recipe NAME")
+    job = submit(training, options)
+    _out.print(f"job {job.job_id} trains in {job.folder}", highlight=False)
+    _out.print(f"watch it:  tail -F {shlex.quote(str(job.log))}", highlight=False)
+    slurm = isinstance(options, Slurm)
+    if slurm:
+        _out.print(f"its state: squeue --jobs {job.job_id}", highlight=False)
+    _out.print(f"stop it:   {'scancel' if slurm else 'kill'} {job.job_id}", highlight=False)
 
 
 def _display(bar: Progress, stage: str = "") -> Any:
@@ -318,6 +352,7 @@ def env() -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
+    "launch": launch,
     "eval": evaluate,
     "predict": predict,
     "models": models,
@@ -338,8 +373,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}; the commands are {', '.join(COMMANDS)}")
-        if command == "train":
-            train(rest)
+        if command in ("train", "launch"):
+            COMMANDS[command](rest)
         else:
             tyro.cli(COMMANDS[command], args=rest, prog=f"patchscale {command}")
         return 0

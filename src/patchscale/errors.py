@@ -1,5 +1,8 @@
 """The two ways a run can end early that are not bugs."""
 
+# Exit status of training that was told to stop and has saved (EX_TEMPFAIL): the same command goes on.
+INTERRUPTED = 75
+
 
 class UserError(ValueError):
     """Something the caller gave is wrong: the message names the thing, its value and the way out.
