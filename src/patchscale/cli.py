@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from patchscale.bench.command import Kind, Options
-from patchscale.errors import TrainingStopped, UserError
+from patchscale.errors import INTERRUPTED, Interrupted, TrainingStopped, UserError
 from patchscale.train.recipe import Precision, Recipe
 
 # Tables and results go to standard output; notes, progress and errors to standard error.
@@ -39,7 +39,9 @@ class Train:
     show: bool = False
     """Print the recipe as the flags leave it, and do nothing."""
     resume: Path | None = None
-    """Go on with this run (its folder, or a checkpoint), by its own recipe; other flags change it."""
+    """Go on with this run (its folder, or a checkpoint), by its own recipe."""
+    override_recipe: bool = False
+    """Go on with a run although flags or the recipe file now say otherwise than when it began."""
 
 
 def train(arguments: list[str]) -> None:
@@ -58,7 +60,8 @@ def train(arguments: list[str]) -> None:
             return
         keep_freed_memory()
         with _progress_bar() as bar:
-            _print_result(run(given.settings, given.resume, _display(bar)))
+            display, command = _display(bar), ["patchscale", "train", *arguments]
+            _print_result(run(given.settings, given.resume, display, given.override_recipe, command))
         return
     file = read_recipe_file(name)
     parsed = {stage: _parse_stage(arguments, name, stage, values) for stage, values in file.stages.items()}
@@ -72,9 +75,15 @@ def train(arguments: list[str]) -> None:
     keep_freed_memory()
     folder = given.settings.output or Path("runs") / file.name
     with _progress_bar() as bar:
-        for done in run_stages(stages, folder, given.stage, lambda stage: _display(bar, f"{stage}  ")):
-            if done.result is not None:
-                _print_result(done.result, f"{done.name}  ")
+        for done in run_stages(
+            stages,
+            folder,
+            given.stage,
+            lambda stage: _display(bar, f"{stage}  "),
+            given.override_recipe,
+            ["patchscale", "train", *arguments],
+        ):
+            _print_result(done.result, f"{done.name}  ")
 
 
 def read_train(arguments: list[str]) -> list[Recipe]:
@@ -127,6 +136,10 @@ def _display(bar: Progress, stage: str = "") -> Any:
             what = f"{stage}epoch {step.epoch}/{step.epochs}"
             what += f"  loss {step.loss:.3f}" if step.phase == "train" else "  evaluating"
             left = "" if math.isnan(step.seconds_left) else f"{_duration(step.seconds_left)} left to train"
+            if step.utilisation is not None:
+                left += f"  {step.utilisation:.0%} of the matrix peak, {step.waiting:.0%} waiting for images"
+            if step.memory is not None:
+                left += f"  {step.memory / 2**30:.1f} GiB"
             bar.update(
                 self.task,
                 description=what,
@@ -146,6 +159,8 @@ def _display(bar: Progress, stage: str = "") -> Any:
 
 
 def _print_result(result: Any, stage: str = "") -> None:
+    if not result.is_first:
+        return
     best = next((r for r in result.reports if r.epoch == result.best_epoch), None)
     _out.print(f"{stage}last: {result.scores}  {result.folder / 'last.pt'}", highlight=False)
     if best is not None:
@@ -363,7 +378,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 when training stops, 2 for bad input, 130 when interrupted."""
+    """Run a command; returns the exit status.
+
+    0, 1 when training cannot go on, 2 for bad input, 75 when training was told to stop and has saved, 130 when
+    interrupted.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -382,12 +401,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(e), 2)
     except TrainingStopped as e:
         return _fail(str(e), 1)
+    except Interrupted as e:
+        return _fail(str(e), INTERRUPTED)
     except KeyboardInterrupt:
-        hint = ""
-        if command == "train":
-            by_recipe = _flag_value(rest, "--recipe") is not None
-            hint = "; " + ("the same command goes on" if by_recipe else "go on with `patchscale train --resume RUN`")
-        return _fail(f"interrupted{hint}", 130)
+        return _fail("interrupted", 130)
 
 
 def _parse_train(arguments: list[str]) -> Train:

@@ -1,4 +1,4 @@
-"""The two ways a run can end early that are not bugs."""
+"""The ways a run can end early that are not bugs."""
 
 # Exit status of training that was told to stop and has saved (EX_TEMPFAIL): the same command goes on.
 INTERRUPTED = 75
@@ -19,3 +19,7 @@ def first_line(error: BaseException) -> str:
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on (a non-finite loss, say): the message names the step and the last good checkpoint."""
+
+
+class Interrupted(RuntimeError):
+    """Training was told to stop by a signal, and has saved all it had: the same command goes on."""

@@ -24,8 +24,15 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {e.strerror}; choose another place") from e
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[Path], object], before: Callable[[Path], object] | None = None
+) -> None:
     """Call ``write`` with a temporary name, flush it to disk and rename it, so that ``path`` is never half-written.
+
+    Args:
+        path: the file.
+        write: told the temporary name.
+        before: called with the temporary name once the file is complete, before it is renamed.
 
     Raises:
         UserError: the file system refuses (a full disk, say); ``path`` is then as it was.
@@ -35,10 +42,27 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if before is not None:
+            before(temporary)
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e}") from e
     except (RuntimeError, SafetensorError) as e:  # torch's and safetensors' words for a full disk
         raise UserError(f"cannot write {path}: {first_line(e)}") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename last; where folders cannot be flushed (Windows) the system does it in its own time."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

@@ -62,7 +62,7 @@ def test_every_draw_has_a_seed_of_its_own_that_follows_from_its_place():
     assert len(sampler) == len(draws) == 256
     assert len({draw.seed for draw in draws}) == 256
     assert draws == list(sampler)
-    sampler.set_epoch(1)
+    sampler.go_to(1)
     assert not {draw.seed for draw in sampler} & {draw.seed for draw in draws}
     halves = [list(EpochSampler(300, seed=1, repeats=3, processes=2, rank=r)) for r in (0, 1)]
     assert [d for pair in zip(*halves, strict=True) for d in pair] == draws

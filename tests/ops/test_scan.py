@@ -248,8 +248,8 @@ def strongly_decaying(steps: Tensor) -> dict[str, Tensor]:
     return inputs | {"dt": steps[None, :, None].expand_as(inputs["dt"]).clone()}
 
 
-# Over a chunk these sum to log-decays of -83 (whose exponential is hardly a normal number), -118 (the strongest that are
-# cut into factors), and -192 and more, where exp(cs_t) / exp(cs_s) would be 0 / 0, or overflow.
+# Over a chunk these sum to log-decays of -83 (whose exponential is hardly a normal number), -118 (the strongest that
+# are cut into factors), and -192 and more, where exp(cs_t) / exp(cs_s) would be 0 / 0, or overflow.
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("step", [1.3, 1.85, 3.0, 30.0, 300.0])
 def test_strong_decay(step, reverse, assert_near):

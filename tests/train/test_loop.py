@@ -1,5 +1,4 @@
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -70,17 +69,6 @@ def test_a_run_resumed_after_an_epoch_ends_with_the_same_weights(recipe, tmp_pat
     rows = [(r.folder / "metrics.jsonl").read_text().splitlines() for r in (whole, resumed)]
     losses = [[json.loads(row)["train_loss"] for row in part] for part in rows]
     assert losses[0] == losses[1]
-
-
-def test_rows_of_epochs_that_are_run_again_are_not_kept_twice(recipe):
-    result = train(recipe())
-    shutil.copy(result.folder / "metrics.jsonl", result.folder / "before")
-    state = torch.load(result.folder / "last.pt", weights_only=True)
-    state["epoch"] = 1
-    torch.save(state, result.folder / "last.pt")
-    again = train(recipe(), resume=result.folder)
-    epochs = [json.loads(row)["epoch"] for row in (again.folder / "metrics.jsonl").read_text().splitlines()]
-    assert epochs == [1, 2, 3]
 
 
 def test_accumulation_and_checkpointing_change_memory_and_not_the_result(recipe, tmp_path):
@@ -177,20 +165,3 @@ def test_unreadable_images_are_left_out_on_request_and_said_once(recipe, broken_
 def test_bad_recipes_are_refused_before_work_is_done(recipe, changes, message):
     with pytest.raises(UserError, match=message):
         train(recipe(**changes))
-
-
-def test_resuming_another_model_is_refused(recipe):
-    result = train(recipe(epochs=1))
-    with pytest.raises(UserError, match="cannot resume: the checkpoint is of another model"):
-        train(recipe(embed_dim=64, epochs=2), resume=result.folder)
-
-
-def test_resuming_nothing_is_refused(recipe, tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        train(recipe(), resume=tmp_path)
-
-
-def test_resuming_a_finished_run_says_so(recipe):
-    result = train(recipe(epochs=1))
-    with pytest.raises(UserError, match="has already run its 1 epochs"):
-        train(recipe(epochs=1), resume=result.folder)

@@ -16,11 +16,16 @@ from patchscale.errors import UserError
 from patchscale.models import Adventurer
 from patchscale.tasks.classification import Classification
 from patchscale.train.optimiser import Updates, freeze, make_optimizer, make_schedule, peak_lr, split_batch
+from patchscale.train.processes import Processes, make_fabric
 from patchscale.train.recipe import Recipe
 
 
 def tiny(**changes) -> Adventurer:
     return Adventurer(**({"img_size": 8, "patch_size": 4, "num_classes": 5, "embed_dim": 32, "depth": 2} | changes))
+
+
+def alone(recipe: Recipe) -> Processes:
+    return Processes(make_fabric(recipe))
 
 
 def rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
@@ -123,6 +128,7 @@ def published_run(parity):
         ema_decay=config["ema_decay"],
         clip_grad=config["clip_grad"],
         precision="64-true",
+        device="cpu",
     )
     names = ("img_size", "patch_size", "embed_dim", "depth", "num_classes")
     model = Adventurer(**{name: config[name] for name in names}, flip="released").double()
@@ -134,7 +140,7 @@ def published_run(parity):
 
 def test_nine_steps_are_those_of_the_published_loop(parity, assert_near):
     tensors, config, recipe, model = published_run(parity)
-    updates = Updates(model, recipe, config["steps_per_epoch"])
+    updates = Updates(model, recipe, config["steps_per_epoch"], alone(recipe))
     task = Classification(config["num_classes"])
     losses, used = [], []
     for step, (images, targets) in enumerate(
@@ -213,7 +219,7 @@ def test_layer_decay_clipping_and_accumulation_are_their_recurrences(parity, ass
     schedule = [2e-4] * 6 + [(2e-4 + 1e-3) / 2] * 3
     losses, norms, average = written_out(other, config, batches, layer_decay, clip_grad, schedule)
     assert min(norms) < clip_grad < max(norms), norms  # clips some steps, not all
-    updates = Updates(model, recipe, config["steps_per_epoch"], parts)
+    updates = Updates(model, recipe, config["steps_per_epoch"], alone(recipe), parts)
     task = Classification(config["num_classes"])
     found = [updates.step(i, x, y, lambda a, b: task.loss(model, a, b)) for i, (x, y) in enumerate(batches)]
     assert found == pytest.approx(losses, rel=1e-9)
@@ -224,7 +230,8 @@ def test_layer_decay_clipping_and_accumulation_are_their_recurrences(parity, ass
 
 def test_a_loss_that_is_not_finite_changes_nothing():
     model = tiny()
-    updates = Updates(model, Recipe("m", "d", ema_decay=0.5), 1)
+    recipe = Recipe("m", "d", ema_decay=0.5, device="cpu")
+    updates = Updates(model, recipe, 1, alone(recipe))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     images, targets = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
     assert math.isnan(updates.step(0, images, targets, lambda x, y: model(x).sum() * math.nan))
@@ -261,7 +268,8 @@ def test_frozen_parameters_stay_and_all_others_move():
     model = tiny()
     freeze(model, ["patch_embed.*", "layers.0.*"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    updates = Updates(model, Recipe("m", "d", warmup_epochs=0), 1)
+    recipe = Recipe("m", "d", warmup_epochs=0, device="cpu")
+    updates = Updates(model, recipe, 1, alone(recipe))
     images, targets = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
     updates.step(0, images, targets, lambda x, y: nn.functional.cross_entropy(model(x), y))
     for name, value in model.state_dict().items():

@@ -12,10 +12,11 @@ ROUND = 256
 
 
 class Draw(NamedTuple):
-    """One image of an epoch: its number in the data set, and the seed of its augmentation."""
+    """One image of an epoch: its number in the data set, the seed of its augmentation, and whether it counts."""
 
     image: int
-    seed: int
+    seed: int = 0
+    counts: bool = True
 
 
 def order_of(images: int, epoch: int, seed: int = 0, repeats: int = 1, processes: int = 1, rank: int = 0) -> list[int]:
@@ -47,24 +48,42 @@ def order_of(images: int, epoch: int, seed: int = 0, repeats: int = 1, processes
 
 
 class EpochSampler(Sampler[Draw]):
-    """The draws of one process, epoch by epoch; :meth:`set_epoch` chooses which."""
+    """The draws of one process, epoch by epoch; :meth:`go_to` chooses where to begin."""
 
     def __init__(self, images: int, seed: int, repeats: int = 1, processes: int = 1, rank: int = 0) -> None:
         self.images, self.seed, self.repeats, self.processes, self.rank = images, seed, repeats, processes, rank
-        self.epoch = 0
+        self.epoch = self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw this epoch, from 0, next."""
-        self.epoch = epoch
+    def go_to(self, epoch: int, start: int = 0) -> None:
+        """Draw this epoch, from 0, next, less the first ``start`` of this process's draws."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
+        """Of a whole epoch."""
         return len(order_of(self.images, 0, 0, self.repeats, self.processes, self.rank))
 
     def __iter__(self) -> Iterator[Draw]:
         order = order_of(self.images, self.epoch, self.seed, self.repeats, self.processes, self.rank)
         # A seed for each place in the epoch's order, whichever process it falls to.
         seeds = seed_words(self.seed, self.epoch, count=len(order) * self.processes)[self.rank :: self.processes]
-        return iter([Draw(image, int(seed)) for image, seed in zip(order, seeds, strict=True)])
+        return iter([Draw(image, int(seed)) for image, seed in zip(order, seeds, strict=True)][self.start :])
+
+
+class ShareSampler(Sampler[Draw]):
+    """Every image once over all processes, for evaluation.
+
+    Each process has as many draws as the others, so that they stay in step; those that make up the number do not count.
+    """
+
+    def __init__(self, images: int, processes: int = 1, rank: int = 0) -> None:
+        self.images, self.processes, self.rank = images, processes, rank
+
+    def __len__(self) -> int:
+        return -(-self.images // self.processes)
+
+    def __iter__(self) -> Iterator[Draw]:
+        own = [Draw(i) for i in range(self.rank, self.images, self.processes)]
+        return iter(own + [Draw(0, counts=False)] * (len(self) - len(own)))
 
 
 def seed_words(*path: int, count: int = 1) -> np.ndarray:

@@ -257,7 +257,8 @@ Transform = Callable[[Image.Image], torch.Tensor]
 class Transformed(Dataset):
     """A source's images as tensors; ``[i]`` is (tensor, class index), or an :class:`Unreadable`.
 
-    An index that is a :class:`Draw` seeds the random numbers of its augmentation, in whichever process it is made.
+    An index that is a :class:`Draw` seeds the random numbers of its augmentation, in whichever process it is made. The
+    class index of one that does not count is -1.
     """
 
     def __init__(self, source: Source, transform: Transform) -> None:
@@ -278,7 +279,7 @@ class Transformed(Dataset):
             image = image.convert(self.mode)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
             return Unreadable(path_of(self.dataset, index), str(e))
-        return self.transform(image), label
+        return self.transform(image), label if not isinstance(item, Draw) or item.counts else -1
 
 
 def collate(items: list[tuple[torch.Tensor, int] | Unreadable]) -> tuple[torch.Tensor, torch.Tensor, list[Unreadable]]:

@@ -36,7 +36,7 @@ from patchscale.ops import pairwise
 # Longer chunks move fewer states, but compute more, and more heads decay too strongly in one for factors.
 DEFAULT_CHUNK_SIZE = 64
 
-# Elements of x in a block: 2 MiB in float32, found best on a core with 1 MiB of L2, where smaller ones pay for more calls.
+# Elements of x in a block: 2 MiB in float32, found best on a core with 1 MiB of L2; smaller blocks pay for more calls.
 _BLOCK_ELEMENTS = 524288
 
 
@@ -403,7 +403,8 @@ class Scan:
             next_state = states[:, j]
 
         # dM = dP X'^T, dC = dP G^T + dM B and dB = X' dG^T + dM^T C, summed over heads by the product itself; all in
-        # one, with dG G^T for nothing: libraries are slow at narrow products of this kind. What is masked may be infinite.
+        # one, with dG G^T for nothing: libraries are slow at narrow products of this kind. What is masked
+        # may be infinite.
         buffers.rows[:, :, :n] = states
         gram = torch.bmm(buffers.flat_grad_rows, buffers.flat_rows.transpose(1, 2), out=buffers.gram)
         dproducts = gram[:, n:, n:].masked_fill_(block.unseen, 0.0)

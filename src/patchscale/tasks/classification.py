@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
+from torchmetrics import MeanMetric, SumMetric
+from torchmetrics.classification import MulticlassAccuracy
 
 from patchscale.errors import UserError
 from patchscale.tasks.distillation import Distillation
@@ -104,26 +106,40 @@ class Classification:
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Scores:
-        """Score a model, in evaluation mode, on (images, labels) batches; each image counts once.
+        """Score a model, in evaluation mode, on (images, labels) batches; an image of label -1 does not count.
+
+        With several processes, each gives its share of the images, in as many batches as the others; all get the scores
+        over all images.
 
         Raises:
             UserError: there is no image.
         """
         training = model.training
         model.eval()
-        top1 = top5 = loss = images_seen = 0.0
+        best_of = [
+            MulticlassAccuracy(self.num_classes, top_k=min(k, self.num_classes), average="micro") for k in (1, 5)
+        ]
+        mean_loss, seen = MeanMetric().set_dtype(torch.float64), SumMetric().set_dtype(torch.float64)
+        metrics = [*best_of, mean_loss, seen]
         for images, labels in batches:
             logits = _float(model(images))
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            top1 += best[:, 0].sum().item()
-            top5 += best.sum().item()
-            images_seen += len(labels)
+            counted = labels >= 0
+            logits, labels = logits[counted], labels[counted]
+            for metric in metrics:
+                metric.to(logits.device)
+            if len(labels):
+                for accuracy in best_of:
+                    accuracy.update(logits, labels)
+                mean_loss.update(F.cross_entropy(logits, labels), len(labels))
+            seen.update(float(len(labels)))
         model.train(training)
+        for metric in metrics:
+            metric._update_count = max(metric._update_count, 1)  # a share without images is no reason to warn
+        images_seen = int(seen.compute())
         if not images_seen:
             raise UserError("there is no readable image to evaluate on")
-        share = 100 / images_seen
-        return Scores(top1 * share, top5 * share, loss / images_seen, int(images_seen))
+        top1, top5 = (100 * accuracy.compute().item() for accuracy in best_of)
+        return Scores(top1, top5, mean_loss.compute().item(), images_seen)
 
 
 def _float(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from timm.layers import to_2tuple
 from torch import nn
 from torch.utils.data import DataLoader
 
-from patchscale.data.sampling import EpochSampler
+from patchscale.data.sampling import EpochSampler, ShareSampler
 from patchscale.data.sources import Source, Transform, Transformed, Unreadable, collate, open_source
 from patchscale.data.transforms import Preprocessing
 from patchscale.errors import UserError, first_line
@@ -23,7 +23,7 @@ from patchscale.models.weight_files import fill, read_checkpoint
 from patchscale.models.weights import flip_warning, load_weights
 from patchscale.tasks.classification import Classification
 from patchscale.tasks.distillation import Distillation, Teacher
-from patchscale.train.checkpoint import LAST, load_model
+from patchscale.train.checkpoint import load_model
 from patchscale.train.device import default_workers
 from patchscale.train.recipe import Recipe
 
@@ -185,18 +185,22 @@ def make_loader(
     batch_size: int,
     workers: int | None,
     device: torch.device,
-    sampler: EpochSampler | None = None,
+    sampler: EpochSampler | ShareSampler | None = None,
 ) -> DataLoader:
-    """Batches of (images, labels, unreadable); a sampler is for training, without the incomplete last batch."""
+    """Batches of (images, labels, unreadable); those of an epoch of training without the incomplete last one."""
+    training = isinstance(sampler, EpochSampler)
+    workers = default_workers(device) if workers is None else workers
     return DataLoader(
         Transformed(source, transform),
         batch_size,
         sampler=sampler,
-        drop_last=sampler is not None,
-        num_workers=default_workers(device) if workers is None else workers,
+        drop_last=training,
+        num_workers=workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
+        persistent_workers=training and workers > 0,
+        prefetch_factor=4 if workers > 0 else None,
     )
 
 
@@ -214,16 +218,16 @@ def refuse_or_note(item: Unreadable, skip: bool, note: Callable[[str], None]) ->
 
 
 def run_folder(recipe: Recipe, resume: Path | None) -> Path:
-    """The folder of a run, made and found to be writable.
+    """The folder of a run, made and found to be writable, and clean of what a killed process was writing.
 
     Raises:
-        UserError: it cannot be written to, or holds another run.
+        UserError: it cannot be written to.
     """
     if resume is not None:
         folder = resume if resume.is_dir() else resume.parent
     else:
         folder = recipe.output or Path("runs") / f"{recipe.model}_{time.strftime('%Y%m%d-%H%M%S')}"
-        if (folder / LAST).exists():
-            raise UserError(f"{folder} holds a run: go on with --resume {folder}, or choose another --output")
     make_folder(folder)
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
     return folder

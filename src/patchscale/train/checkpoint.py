@@ -1,5 +1,14 @@
-"""Training checkpoints: the weights, what is needed to use them, and what is needed to go on."""
+"""Training checkpoints: the weights, what is needed to use them, and what is needed to go on.
 
+A run's folder holds ``last.pt``, ``previous.pt`` (the one before), ``best.pt`` and, if wanted, ``epoch_0010.pt`` and so
+on. ``checksums.json`` names the SHA-256 digests that each may have; it is written before the file is renamed, and
+keeps the digest before, so that a crash between the two leaves no good file under suspicion.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,32 +24,93 @@ from patchscale.models.weight_files import Checkpoint, Which, read_checkpoint, r
 from patchscale.models.weights import create_from_checkpoint
 from patchscale.train.recipe import Recipe
 
-LAST, BEST = "last.pt", "best.pt"
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+CHECKSUMS = "checksums.json"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain values, atomically.
+    """Write tensors and plain values, atomically and with a checksum; a ``last.pt`` becomes ``previous.pt``.
 
     Raises:
-        UserError: the file system refuses.
+        UserError: the file system refuses; the checkpoints are then as they were.
     """
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+    def before_rename(complete: Path) -> None:
+        record = _checksums(path.parent)
+        if path.name == LAST and path.exists():
+            record[PREVIOUS] = record.get(LAST, []) + record.get(PREVIOUS, [])[:1]
+        record[path.name] = [_digest(complete), *record.get(path.name, [])[:1]]
+        _write_checksums(path.parent, record)
+        if path.name == LAST and path.exists():
+            _second_name(path, path.with_name(PREVIOUS))
+
+    write_atomically(path, lambda temporary: torch.save(state, temporary), before_rename)
 
 
-def read_training_state(path: Path) -> dict[str, Any]:
-    """What :func:`save_checkpoint` wrote for a run, from a file or from a run's folder (its last one).
+def _write_checksums(folder: Path, record: dict[str, list[str]]) -> None:
+    write_atomically(folder / CHECKSUMS, lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
+
+
+def _second_name(path: Path, other: Path) -> None:
+    """Let ``other`` be this file too, in place of what it was."""
+    spare = other.with_name(f".{other.name}.{os.getpid()}.tmp")
+    try:
+        os.link(path, spare)
+    except OSError:  # a file system without hard links
+        spare.write_bytes(path.read_bytes())
+    os.replace(spare, other)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksums(folder: Path) -> dict[str, list[str]]:
+    try:
+        return json.loads((folder / CHECKSUMS).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a checkpoint's bytes are others than were written; False where no checksum was kept of it."""
+    known = _checksums(path.parent).get(path.name)
+    return known is not None and _digest(path) not in known
+
+
+def read_training_state(path: Path, note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """What :func:`save_checkpoint` wrote for a run, from a file or from a run's folder.
+
+    Of a folder, the last one; if that is damaged, the one before it.
+
+    Args:
+        path: file or folder.
+        note: told that a damaged one was passed over.
 
     Raises:
-        UserError: no such file, or not a run's checkpoint.
+        UserError: no such file, all are damaged, or not a run's checkpoint.
     """
-    file = path / LAST if path.is_dir() else path
-    if not file.exists():
-        raise UserError(f"cannot resume: {file} does not exist")
-    state = read_pickle(file)
-    missing = {"model", "optimizer", "recipe", "epoch"} - state.keys()
-    if missing:
-        raise UserError(f"cannot resume: {file} is not a training checkpoint (it has no {', '.join(sorted(missing))})")
-    return state
+    files = [path / LAST, path / PREVIOUS] if path.is_dir() else [path]
+    files = [file for file in files if file.exists()]
+    if not files:
+        raise UserError(f"cannot resume: {path / LAST if path.is_dir() else path} does not exist")
+    for file in files:
+        if is_damaged(file):
+            note(
+                f"{file} is damaged (its checksum is another)"
+                + (", trying the one before" if file != files[-1] else "")
+            )
+            continue
+        state = read_pickle(file)
+        missing = {"model", "optimizer", "recipe", "step"} - state.keys()
+        if missing:
+            what = ", ".join(sorted(missing))
+            raise UserError(f"cannot resume: {file} is not a training checkpoint (it has no {what})")
+        return state
+    raise UserError(
+        f"cannot resume: {', '.join(map(str, files))} damaged (the checksum is another); start anew elsewhere"
+    )
 
 
 class LoadedModel(NamedTuple):

@@ -1,9 +1,10 @@
-"""The training loop, for one device."""
+"""The training loop, for one process or many, that goes on exactly where it was stopped or killed."""
 
 import contextlib
-import json
 import math
 import random
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from patchscale.data.sampling import EpochSampler, seed_words
+from patchscale.data.sampling import EpochSampler, ShareSampler, seed_words
 from patchscale.data.sources import Unreadable
-from patchscale.errors import TrainingStopped, UserError
-from patchscale.files import write_atomically
+from patchscale.errors import Interrupted, TrainingStopped, UserError, first_line
 from patchscale.tasks.classification import Scores
 from patchscale.train.build import (
     create_model,
@@ -34,9 +34,21 @@ from patchscale.train.build import (
     training_transform,
 )
 from patchscale.train.checkpoint import BEST, LAST, read_training_state, save_checkpoint
-from patchscale.train.device import autocast, resolve_device
+from patchscale.train.describe import describe_run, plot_curves
+from patchscale.train.logs import Logs
 from patchscale.train.optimiser import Updates, freeze, split_batch
+from patchscale.train.processes import (
+    Processes,
+    gathered,
+    load_optimizer_whole,
+    load_weights_whole,
+    make_fabric,
+)
 from patchscale.train.recipe import Recipe
+from patchscale.train.speed import Speed
+
+# Signals that ask a run to save and end: what schedulers send before they kill, and Ctrl-C.
+_STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,12 @@ class Progress:
     loss: float
     images_per_second: float
     seconds_left: float
+    waiting: float = 0.0
+    """Share of the time that goes by waiting for images."""
+    memory: int | None = None
+    """Most bytes in use on a GPU so far."""
+    utilisation: float | None = None
+    """Of the device's measured matrix peak, the share that the model's own FLOPs take."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ class EpochReport:
 
 
 class Observer:
-    """Told what happens in a run; every method does nothing unless overridden."""
+    """Told what happens in a run, in its first process; every method does nothing unless overridden."""
 
     def note(self, text: str) -> None:
         """Something a user should know."""
@@ -93,49 +111,123 @@ class Result:
     """A finished run."""
 
     reports: tuple[EpochReport, ...]
+    """Of the epochs that ran now; none if the run was finished before."""
+    scores: Scores
+    """Of the last epoch."""
     folder: Path
     best_epoch: int
     parameters: int
-
-    @property
-    def scores(self) -> Scores:
-        """Of the last epoch."""
-        return self.reports[-1].scores
+    is_first: bool
+    """Whether this is the run's first process, the one to print."""
 
 
-def train(recipe: Recipe, resume: Path | None = None, observer: Observer | None = None) -> Result:
+def train(
+    recipe: Recipe,
+    resume: Path | None = None,
+    observer: Observer | None = None,
+    override: bool = False,
+    command: list[str] | None = None,
+) -> Result:
     """Train a classifier as the recipe says.
 
-    The run's folder gets ``recipe.json``, ``metrics.jsonl``, TensorBoard's files, and the checkpoints ``last.pt`` and
-    ``best.pt``. Random numbers depend on the seed, the epoch and the step alone, so that a run that is resumed after
-    any epoch ends with the weights it would have had.
+    The run's folder gets ``recipe.json``, ``run.json``, ``metrics.jsonl``, ``curves.png``, what the trackers write, and
+    the checkpoints ``last.pt``, ``previous.pt`` and ``best.pt``. Where the folder holds this run already, it goes on.
+
+    Random numbers follow from the seed and the place in the run alone. So a run that was killed, at any moment, ends
+    with the weights of one that was not, to the last bit, on the same machine with as many processes.
 
     Args:
         recipe: the run.
-        resume: a run's folder or checkpoint to go on from.
-        observer: told what happens.
+        resume: a run's folder or checkpoint to go on from, instead of the recipe's ``output``.
+        observer: told what happens, in the first process.
+        override: go on with a recipe that differs from the one that the run began with.
+        command: the command line, for the record.
 
     Raises:
-        UserError: something in the recipe is wrong.
-        TrainingStopped: the loss is not finite.
+        UserError: something in the recipe is wrong, or it differs from the run's.
+        TrainingStopped: the loss is not finite, or another process is gone.
+        Interrupted: SIGTERM, SIGINT or SIGUSR1 came; all is saved, and the same call goes on.
     """
-    return _Run(recipe, resume, observer or Observer()).run()
+    fabric = make_fabric(recipe)
+    fabric.launch()
+    processes = Processes(fabric)
+    observer = observer if observer is not None and processes.is_first else Observer()
+    try:
+        run = _Run(recipe, resume, observer, processes, override)
+        with _stop_signals(run):
+            return run.run(command)
+    except Interrupted:
+        raise
+    except RuntimeError as e:
+        error = _as_stop(e, processes)
+        processes.fail(error, 1)
+        raise error from e
+    except UserError as e:
+        processes.fail(e, 2)
+        raise
+    except Exception as e:
+        processes.fail(e, 1)
+        raise
+    finally:
+        processes.close()
+
+
+def _as_stop(error: RuntimeError, processes: Processes) -> RuntimeError:
+    """The error, or one in plain words where it comes of another process's end."""
+    text = str(error)
+    if isinstance(error, TrainingStopped):
+        return error
+    if "DataLoader worker" in text:
+        return TrainingStopped(
+            f"a process that reads images has died ({first_line(error)}): too little memory, perhaps; try fewer "
+            "--workers. The same command goes on from the last checkpoint"
+        )
+    if processes.together and any(word in text for word in ("gloo", "NCCL", "Connection closed", "Connection reset")):
+        return TrainingStopped(
+            f"another process of the run has gone ({first_line(error)}). The same command goes on from the last "
+            "checkpoint"
+        )
+    return error
+
+
+@contextlib.contextmanager
+def _stop_signals(run: "_Run") -> Iterator[None]:
+    """While inside, a stop signal asks the run to end after its step; a second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if run.asked_to_stop:
+            raise KeyboardInterrupt
+        run.asked_to_stop = number
+
+    before = {number: signal.signal(number, ask) for number in _STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, resume: Path | None, observer: Observer) -> None:
-        self.recipe, self.observer = recipe, observer
-        state = None if resume is None else read_training_state(resume)
-        self.device = resolve_device(recipe.device)
-        self.folder = run_folder(recipe, resume)
+    def __init__(
+        self, recipe: Recipe, resume: Path | None, observer: Observer, processes: Processes, override: bool
+    ) -> None:
+        self.recipe, self.observer, self.processes = recipe, observer, processes
+        self.device, self.asked_to_stop = processes.device, 0
+        self.folder: Path = processes.tell(run_folder(recipe, resume) if processes.is_first else None)
+        state = self._state_to_go_on_from(resume, override)
         train_source, val_source = open_sources(recipe)
         if val_source.note:
             observer.note(val_source.note)
-        sampler = EpochSampler(len(train_source), recipe.seed, recipe.repeated_aug)
-        batch, parts = split_batch(recipe.global_batch, recipe.device_batch)
-        if batch > len(sampler):
+        share = processes.count, processes.rank
+        self.sampler = EpochSampler(len(train_source), recipe.seed, recipe.repeated_aug, *share)
+        self.batch, parts = split_batch(recipe.global_batch, recipe.device_batch, processes.count)
+        if self.batch > len(self.sampler):
             raise UserError(
-                f"--global-batch is {recipe.global_batch}, more than the {len(sampler)} images to train on in an epoch"
+                f"--global-batch is {recipe.global_batch}, more than the {len(self.sampler) * processes.count} images "
+                "to train on in an epoch"
             )
 
         _seed(recipe.seed, 0, 0)
@@ -149,78 +241,112 @@ class _Run:
         freeze(model, recipe.freeze)
         self.dtype = torch.float64 if recipe.precision == "64-true" else torch.float32
         self.model = model.to(self.device, self.dtype)
+        self.parameters = sum(p.numel() for p in model.parameters())
         self.classes = train_source.classes
         self.preprocessing = preprocessing_for(recipe, model, train_source)
         teacher = make_teacher(recipe, self.classes, self.preprocessing)
         self.task = make_task(recipe, len(self.classes), teacher and teacher.to(self.device, self.dtype))
-        augmented = training_transform(recipe, self.preprocessing)
-        evaluated = self.preprocessing.transform()
-        self.sampler = sampler
-        self.train_loader = make_loader(train_source, augmented, batch, recipe.workers, self.device, sampler)
+        augmented, evaluated = training_transform(recipe, self.preprocessing), self.preprocessing.transform()
+        self.train_loader = make_loader(train_source, augmented, self.batch, recipe.workers, self.device, self.sampler)
+        at_once = min(self.batch, recipe.images_at_once)
         self.val_loader = make_loader(
-            val_source, evaluated, min(batch, recipe.images_at_once), recipe.workers, self.device
+            val_source, evaluated, at_once, recipe.workers, self.device, ShareSampler(len(val_source), *share)
         )
         self.unreadable: set[Unreadable] = set()
 
         self.steps_per_epoch = len(self.train_loader)
-        self.updates = Updates(self.model, recipe, self.steps_per_epoch, parts)
+        self.speed = Speed(model, self.preprocessing, recipe.precision, processes)
+        self.updates = Updates(self.model, recipe, self.steps_per_epoch, processes, parts)
         self.ema = self.updates.ema
-        self.start_epoch, self.best_top1, self.best_epoch = 0, -1.0, 0
+        self.step = self.epochs_done = 0  # optimiser steps; epochs that were evaluated too
+        self.best_top1, self.best_epoch = -1.0, 0
+        self.loss_sum, self.seen, self.seconds = 0.0, 0, 0.0  # of the epoch, up to now
+        self.scores: Scores | None = None
+        self.ema_scores: Scores | None = None
         self.reports: list[EpochReport] = []
-
+        self.log_state: dict[str, Any] | None = None
         if state is not None:
             self._restore(state)
-        self.metrics_file = self.folder / "metrics.jsonl"
-        self._begin_folder()
+        self.saved_at, self.saved_step = time.monotonic(), self.step
 
-    def run(self) -> Result:
-        from torch.utils.tensorboard import SummaryWriter
+    def _state_to_go_on_from(self, resume: Path | None, override: bool) -> dict[str, Any] | None:
+        source = resume or (self.folder if (self.folder / LAST).exists() else None)
+        if self.processes.tell(source is None):
+            return None
+        state = read_training_state(source or self.folder, self.observer.note)
+        changes = Recipe.from_dict(state["recipe"]).changes(self.recipe)
+        if changes:
+            text = "; ".join(f"{k} was {there!r}, is now {here!r}" for k, (there, here) in changes.items())
+            if not override:
+                raise UserError(
+                    f"{self.folder} holds a run of another recipe: {text}. Give --override-recipe to go on with the "
+                    "new one, or another --output to begin anew"
+                )
+            self.observer.note(f"going on with a changed recipe: {text}")
+        return state
 
-        first_step = self.start_epoch * self.steps_per_epoch
-        with contextlib.closing(SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)) as board:
-            for epoch in range(self.start_epoch + 1, self.recipe.epochs + 1):
-                report = self._epoch(epoch)
-                self.reports.append(report)
-                self._record(report, board)
-                self._save(epoch, report)
-                self.observer.epoch(report)
-        if not self.reports:
-            raise UserError(
-                f"{self.folder} has already run its {self.recipe.epochs} epochs; give a larger --epochs to go on"
-            )
-        return Result(
-            tuple(self.reports), self.folder, self.best_epoch, sum(p.numel() for p in self.model.parameters())
+    def run(self, command: list[str] | None) -> Result:
+        recipe = self.recipe
+        if self.processes.is_first:
+            describe_run(self.folder, recipe.to_dict(), command, recipe.trackers)
+        if self.epochs_done >= recipe.epochs:
+            self.observer.note(f"{self.folder} is finished: it has run its {recipe.epochs} epochs")
+            return self._result()
+        if self.step:
+            self.observer.note(f"going on in {self.folder} after step {self.step:,} of {self._steps:,}")
+        self.logs = Logs(
+            self.folder,
+            trackers=recipe.trackers,
+            config=recipe.to_dict(),
+            name=self.folder.name,
+            state=self.log_state,
+            step=self.step,
+            active=self.processes.is_first,
         )
+        finished = False
+        try:
+            for epoch in range(self.epochs_done + 1, recipe.epochs + 1):
+                self._train_epoch(epoch)
+                self._finish_epoch(epoch)
+            finished = True
+        finally:
+            self.logs.close(finished)
+        self.processes.wait()
+        return self._result()
 
-    def _epoch(self, epoch: int) -> EpochReport:
-        self.sampler.set_epoch(epoch - 1)
+    @property
+    def _steps(self) -> int:
+        return self.recipe.epochs * self.steps_per_epoch
+
+    def _result(self) -> Result:
+        assert self.scores is not None
+        is_first = self.processes.is_first
+        return Result(tuple(self.reports), self.scores, self.folder, self.best_epoch, self.parameters, is_first)
+
+    def _train_epoch(self, epoch: int) -> None:
+        """The steps of an epoch that are still to do."""
+        done = self.step - (epoch - 1) * self.steps_per_epoch
+        self.sampler.go_to(epoch - 1, done * self.batch)
         self.model.train()
-        start, total_loss, seen, loss = time.perf_counter(), 0.0, 0, math.nan
-        first_step = (epoch - 1) * self.steps_per_epoch
-        for index, (images, labels) in enumerate(self._batches(self.train_loader), start=1):
-            step = first_step + index
-            _seed(self.recipe.seed, epoch, index)
-            loss = self._step(images, labels, step)
-            total_loss += loss * len(labels)
-            seen += len(labels)
-            rate = seen / (time.perf_counter() - start)
-            left = (self.recipe.epochs * self.steps_per_epoch - step) * self.recipe.global_batch / rate
-            self.observer.progress(
-                Progress("train", epoch, self.recipe.epochs, index, self.steps_per_epoch, loss, rate, left)
-            )
-        seconds = time.perf_counter() - start
-        if not seen:
-            raise UserError("there is no readable image to train on")
-        scores = self._evaluate(self.model, epoch)
-        ema_scores = None if self.ema is None else self._evaluate(self.ema.module, epoch)
-        step, loss, rate = epoch * self.steps_per_epoch, total_loss / seen, seen / seconds
-        return EpochReport(epoch, step, loss, self.updates.lr, seconds, rate, scores, ema_scores)
+        self.speed.start()
+        batches = self._batches(self.train_loader) if done < self.steps_per_epoch else iter(())
+        for index, (images, labels) in enumerate(batches, start=done + 1):
+            if not len(labels):
+                raise UserError(f"none of the {self.batch} images of step {self.step + 1} can be read")
+            self.speed.has_images()
+            _seed(self.recipe.seed, epoch, index, self.processes.rank)
+            loss = self._step(images, labels)
+            self.loss_sum += loss * len(labels)
+            self.seen += len(labels)
+            self.seconds += self.speed.did(len(labels) * self.processes.count)
+            self._show(epoch, index, loss)
+            self._stop_or_save()
 
-    def _step(self, images: Tensor, labels: Tensor, step: int) -> float:
-        """One optimiser step on one batch; returns the mean loss."""
+    def _step(self, images: Tensor, labels: Tensor) -> float:
+        """One optimiser step on this process's part of a batch; returns the mean loss over all processes'."""
         images, targets = self.task.augment(images, labels)
         try:
-            loss = self.updates.step(step - 1, images, targets, self._loss)
+            loss = self.updates.step(self.step, images, targets, self._loss)
         except torch.OutOfMemoryError as e:
             at_a_time = -(-len(images) // self.updates.parts)
             raise UserError(
@@ -228,15 +354,78 @@ class _Run:
                 f"{max(1, at_a_time // 2)} (the same result in less memory), --grad-checkpointing or "
                 "--precision bf16-mixed"
             ) from e
+        self.step += 1
         if not math.isfinite(loss):
             last = self.folder / LAST
             kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
-            raise TrainingStopped(f"the loss is {loss} at step {step} with learning rate {self.updates.lr:.3g}; {kept}")
+            raise TrainingStopped(
+                f"the loss is {loss} at step {self.step} with learning rate {self.updates.lr:.3g}; {kept}"
+            )
         return loss
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        with autocast(self.device, self.recipe.precision):
-            return self.task.loss(self.model, images, targets)
+        with self.processes.fabric.autocast():
+            return self.task.loss(self.updates.model, images, targets)
+
+    def _show(self, epoch: int, index: int, loss: float) -> None:
+        left = (self._steps - self.step) * self.recipe.global_batch / self.speed.images_per_second
+        speed = self.speed
+        progress = Progress(
+            "train",
+            epoch,
+            self.recipe.epochs,
+            index,
+            self.steps_per_epoch,
+            loss,
+            speed.images_per_second,
+            left,
+            speed.waiting,
+            speed.memory,
+            speed.utilisation,
+        )
+        self.observer.progress(progress)
+        self.logs.step(
+            self.step,
+            {"loss": loss, "lr": self.updates.lr, "images_per_second": self.speed.images_per_second},
+        )
+        if self.speed.loader_is_slow():
+            self.observer.note(
+                f"{self.speed.waiting:.0%} of the time goes by waiting for images: more --workers may help"
+            )
+
+    def _stop_or_save(self) -> None:
+        """What all processes agree to do between two steps."""
+        old = time.monotonic() - self.saved_at >= 60 * self.recipe.save_minutes
+        due = self.processes.is_first and old and self.step > self.saved_step
+        stop, save = self.processes.total(self.asked_to_stop > 0, due)
+        if stop or save:
+            self._save()
+        if stop:
+            name = signal.Signals(self.asked_to_stop).name if self.asked_to_stop else "a signal to another process"
+            raise Interrupted(
+                f"stopped by {name} after step {self.step:,}, saved in {self.folder}; the same command goes on"
+            )
+
+    def _finish_epoch(self, epoch: int) -> None:
+        scores = self._evaluate(self.model, epoch)
+        ema_scores = None if self.ema is None else self._evaluate(self.ema.module, epoch)
+        images = self.seen * self.processes.count
+        report = EpochReport(
+            epoch, self.step, self.loss_sum / self.seen, self.updates.lr, self.seconds, images / self.seconds,
+            scores, ema_scores,
+        )  # fmt: skip
+        self.scores, self.ema_scores, self.epochs_done = scores, ema_scores, epoch
+        self.loss_sum, self.seen, self.seconds = 0.0, 0, 0.0
+        self.reports.append(report)
+        self.logs.epoch(self.step, report.to_dict())
+        if self.processes.is_first:
+            plot_curves(self.folder)
+        better = scores.top1 > self.best_top1
+        if better:
+            self.best_top1, self.best_epoch = scores.top1, epoch
+        keep = self.recipe.keep_epochs is not None and epoch % self.recipe.keep_epochs == 0
+        self._save(*([BEST] * better), *([f"epoch_{epoch:04}.pt"] * keep))
+        self.observer.epoch(report)
 
     def _evaluate(self, model: nn.Module, epoch: int) -> Scores:
         steps = len(self.val_loader)
@@ -244,14 +433,16 @@ class _Run:
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             start, seen = time.perf_counter(), 0
             for index, (images, labels) in enumerate(self._batches(self.val_loader), start=1):
-                yield images, labels
-                seen += len(labels)
+                if len(labels) or not self.processes.together:
+                    yield images, labels
+                seen += len(labels) * self.processes.count
                 rate = seen / (time.perf_counter() - start)
                 self.observer.progress(
                     Progress("evaluate", epoch, self.recipe.epochs, index, steps, math.nan, rate, math.nan)
                 )
+                self._stop_or_save()
 
-        with autocast(self.device, self.recipe.precision):
+        with self.processes.fabric.autocast():
             return self.task.evaluate(model, batches())
 
     def _batches(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
@@ -259,40 +450,25 @@ class _Run:
             for item in set(unreadable) - self.unreadable:
                 refuse_or_note(item, self.recipe.skip_unreadable, self.observer.note)
                 self.unreadable.add(item)
-            if len(labels):
-                yield images.to(self.device, self.dtype, non_blocking=True), labels.to(self.device, non_blocking=True)
+            yield images.to(self.device, self.dtype, non_blocking=True), labels.to(self.device, non_blocking=True)
 
-    def _begin_folder(self) -> None:
-        write_atomically(
-            self.folder / "recipe.json",
-            lambda path: path.write_text(json.dumps(self.recipe.to_dict(), indent=2) + "\n"),
-        )
-        # Epochs after the checkpoint that the run goes on from are run again.
-        rows = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
-        kept = [row for row in rows if json.loads(row)["epoch"] <= self.start_epoch]
-        write_atomically(self.metrics_file, lambda path: path.write_text("".join(row + "\n" for row in kept)))
-
-    def _record(self, report: EpochReport, board: Any) -> None:
-        row = report.to_dict()
-        with open(self.metrics_file, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name not in ("epoch", "step"):
-                board.add_scalar(name, value, report.step)
-
-    def _save(self, epoch: int, report: EpochReport) -> None:
-        better = report.scores.top1 > self.best_top1
-        if better:
-            self.best_top1, self.best_epoch = report.scores.top1, epoch
+    def _save(self, *others: str) -> None:
+        """Write the last checkpoint, and the same under other names, less what is for going on alone."""
         state = {
-            "model": self.model.state_dict(),
-            "model_ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.updates.optimizer.state_dict(),
-            "epoch": epoch,
+            "model": gathered(self.model.state_dict()),
+            "model_ema": None if self.ema is None else gathered(self.ema.module.state_dict()),
+            "optimizer": gathered(self.updates.optimizer.state_dict()),
+            "scaler": self.processes.fabric.strategy.precision.state_dict(),
+            "step": self.step,
+            "epoch": self.epochs_done,
+            "loss_sum": self.loss_sum,
+            "seen": self.seen * self.processes.count,
+            "seconds": self.seconds,
             "best_top1": self.best_top1,
             "best_epoch": self.best_epoch,
-            "scores": asdict(report.scores),
-            "ema_scores": None if report.ema_scores is None else asdict(report.ema_scores),
+            "scores": None if self.scores is None else asdict(self.scores),
+            "ema_scores": None if self.ema_scores is None else asdict(self.ema_scores),
+            "logs": self.logs.state(),
             "recipe": self.recipe.to_dict(),
             "model_name": self.recipe.model,
             "model_args": self.model_args,
@@ -300,25 +476,34 @@ class _Run:
             "preprocessing": asdict(self.preprocessing),
             "classes": list(self.classes),
         }
-        if better:
-            save_checkpoint(self.folder / BEST, {k: v for k, v in state.items() if k != "optimizer"})
-        save_checkpoint(self.folder / LAST, state)
+        if self.processes.is_first:
+            for name in others:
+                save_checkpoint(self.folder / name, {k: v for k, v in state.items() if k != "optimizer"})
+            save_checkpoint(self.folder / LAST, state)
+        self.saved_at, self.saved_step = time.monotonic(), self.step
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
-            self.model.load_state_dict(state["model"])
-            self.updates.optimizer.load_state_dict(state["optimizer"])
+            load_weights_whole(self.model, state["model"])
+            load_optimizer_whole(self.updates.optimizer, state["optimizer"])
             if self.ema is not None and state["model_ema"] is not None:
-                self.ema.module.load_state_dict(state["model_ema"])
-        except (RuntimeError, ValueError) as e:
+                load_weights_whole(self.ema.module, state["model_ema"])
+        except (RuntimeError, ValueError, KeyError) as e:
             raise UserError(f"cannot resume: the checkpoint is of another model: {str(e).splitlines()[-1]}") from e
-        self.start_epoch = state["epoch"]
+        if state["scaler"]:
+            self.processes.fabric.strategy.precision.load_state_dict(state["scaler"])
+        self.step, self.epochs_done = state["step"], state["epoch"]
+        self.loss_sum, self.seconds = state["loss_sum"], state["seconds"]
+        self.seen = state["seen"] // self.processes.count
         self.best_top1, self.best_epoch = state["best_top1"], state["best_epoch"]
+        self.scores = None if state["scores"] is None else Scores(**state["scores"])
+        self.ema_scores = None if state["ema_scores"] is None else Scores(**state["ema_scores"])
+        self.log_state = state["logs"]
 
 
-def _seed(seed: int, epoch: int, step: int) -> None:
+def _seed(seed: int, epoch: int, step: int, rank: int = 0) -> None:
     """Seed mixing, drop path and whatever else is drawn here: a step's random numbers follow from its place alone."""
-    number = int(seed_words(seed, epoch, step)[0])
+    number = int(seed_words(seed, epoch, step, rank)[0])
     random.seed(number)
     np.random.seed(number)
     torch.manual_seed(number)

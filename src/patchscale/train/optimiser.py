@@ -1,5 +1,6 @@
 """What one optimiser step does to a model: groups, schedule, accumulation, clipping, AdamW, moving average."""
 
+import contextlib
 import fnmatch
 import math
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from patchscale.errors import UserError
+from patchscale.train.processes import Processes
 from patchscale.train.recipe import Recipe
 
 LR_BATCH = 512
@@ -109,18 +111,29 @@ class Updates:
     """A model's optimiser, schedule and moving average, and the step that moves them on.
 
     Args:
-        model: on its device; frozen parameters are left out.
+        model: on its device; frozen parameters are left out. It may be divided over the processes.
         recipe: the run.
         steps_per_epoch: optimiser steps.
+        processes: of the run.
         parts: in how many parts a step's images are done.
+
+    Attributes:
+        model: to be called in training, so that gradients are those of all processes.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, steps_per_epoch: int, parts: int = 1) -> None:
-        self.model, self.clip_grad, self.parts = model, recipe.clip_grad, parts
-        self.optimizer = make_optimizer(model, recipe)
-        self.set_rates = make_schedule(self.optimizer, recipe, steps_per_epoch)
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, steps_per_epoch: int, processes: Processes, parts: int = 1
+    ) -> None:
+        self.processes, self.clip_grad, self.parts = processes, recipe.clip_grad, parts
+        self.plain = model
         # As published: no warm-up of the decay, starting from the weights that the run starts from.
         self.ema = None if recipe.ema_decay is None else ModelEmaV3(model, recipe.ema_decay)
+        if self.ema is not None:
+            processes.divide(self.ema.module)
+        self.model = processes.fabric.setup_module(model)
+        self.optimizer = make_optimizer(model, recipe)
+        self.set_rates = make_schedule(self.optimizer, recipe, steps_per_epoch)
+        self._stepper = processes.fabric.setup_optimizers(self.optimizer)
 
     @property
     def lr(self) -> float:
@@ -132,24 +145,29 @@ class Updates:
 
         Args:
             step: its number from 0 over the run, for the schedule.
-            images: (n, channels, height, width).
+            images: this process's, (n, channels, height, width).
             targets: (n, ...).
-            loss: the mean loss of some of them.
+            loss: the mean loss of some of them, by ``self.model``.
 
         Returns:
-            The mean loss over all; where that is not finite, nothing was updated.
+            The mean loss over the images of all processes; where that is not finite, nothing was updated.
         """
         self.set_rates(step)
-        total = 0.0
-        for part, part_targets in zip(images.chunk(self.parts), targets.chunk(self.parts), strict=True):
-            share = loss(part, part_targets) * (len(part) / len(images))
-            share.backward()
+        fabric, total = self.processes.fabric, 0.0
+        divided = list(zip(images.chunk(self.parts), targets.chunk(self.parts), strict=True))
+        for number, (part, part_targets) in enumerate(divided, start=1):
+            # Gradients are summed over processes once, with the last part.
+            early = self.processes.together and number < len(divided)
+            with fabric.no_backward_sync(self.model) if early else contextlib.nullcontext():
+                share = loss(part, part_targets) * (len(part) / len(images))
+                fabric.backward(share)
             total += share.item()
-        if math.isfinite(total):
+        mean = self.processes.total(total)[0] / self.processes.count
+        if math.isfinite(mean):
             if self.clip_grad is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-            self.optimizer.step()
+                fabric.clip_gradients(self.model, self._stepper, max_norm=self.clip_grad, error_if_nonfinite=False)
+            self._stepper.step()
             if self.ema is not None:
-                self.ema.update(self.model)
+                self.ema.update(self.plain)
         self.optimizer.zero_grad()
-        return total
+        return mean

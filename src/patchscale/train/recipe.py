@@ -13,7 +13,15 @@ from patchscale.models.tokens import Resize
 from patchscale.models.weight_files import Which
 from patchscale.tasks.classification import Loss
 
-Precision = Literal["32-true", "bf16-mixed", "64-true"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
+Strategy = Literal["auto", "ddp", "fsdp"]
+
+
+# A run may go on with other values of these: another machine, the same result.
+_WHERE_AND_HOW = {
+    "output", "device", "devices", "nodes", "strategy", "device_batch", "workers", "grad_checkpointing",
+    "skip_unreadable", "trackers", "save_minutes", "keep_epochs",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,20 +128,34 @@ class Recipe:
     """Keep and evaluate an average of the weights with this decay a step (published: 0.99996)."""
 
     precision: Precision = "32-true"
-    """bf16-mixed computes matrix products in bfloat16; 64-true everything in float64, for proofs."""
+    """bf16-mixed computes matrix products in bfloat16, 16-mixed in float16 with scaled losses (GPU alone); 64-true
+    everything in float64, for proofs."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps; by default the GPU where there is one."""
+    devices: int | None = None
+    """Processes on each node, a device each; by default what torchrun or Slurm started, else 1."""
+    nodes: int | None = None
+    """Machines; by default what torchrun or Slurm started, else 1."""
+    strategy: Strategy = "auto"
+    """ddp keeps all weights on every device, fsdp divides them; auto is ddp where there are several."""
     workers: int | None = None
     """Processes that read images; by default as many as help."""
     seed: int = 0
     """Of the weights, the order of images and the augmentation."""
     grad_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, mlflow, trackio."""
+    save_minutes: float = 10.0
+    """Write the last checkpoint at least this often, within an epoch too."""
+    keep_epochs: int | None = None
+    """Keep the checkpoint of every so many epochs; by default the last and the best alone."""
     output: Path | None = None
-    """Folder of the run; by default a new one under runs/."""
+    """Folder of the run; by default a new one under runs/. One that holds this run already goes on."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch", "device_batch", "lr", "layer_decay", "repeated_aug"):
+        counts = ("epochs", "global_batch", "device_batch", "repeated_aug", "devices", "nodes", "keep_epochs")
+        for name in (*counts, "lr", "layer_decay"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{_flag(name)} is {value}, expected more than 0")
@@ -155,10 +177,18 @@ class Recipe:
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise UserError(f"--clip-grad is {self.clip_grad}, expected more than 0; leave it out for none")
 
+        if not self.save_minutes >= 0:
+            raise UserError(f"--save-minutes is {self.save_minutes}, expected 0 (after every step) or more")
+
     @property
     def val_limit(self) -> int | None:
         """How many images are evaluated on, None for all."""
         return self.limit_train if self.limit_val is None else self.limit_val or None
+
+    def changes(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
+        """The fields on which the result depends and that another recipe has otherwise: (here, there) by name."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return {k: (mine[k], theirs[k]) for k in mine if k not in _WHERE_AND_HOW and mine[k] != theirs[k]}
 
     @property
     def images_at_once(self) -> int:

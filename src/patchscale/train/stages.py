@@ -43,11 +43,11 @@ class RecipeFile(NamedTuple):
 
 
 class StageResult(NamedTuple):
-    """One stage of a run; ``result`` is None for a stage that was finished before."""
+    """One stage of a run; the result of one that was finished before has no reports."""
 
     name: str
     folder: Path
-    result: Result | None
+    result: Result
 
 
 def recipe_names() -> list[str]:
@@ -126,6 +126,8 @@ def run_stages(
     folder: Path,
     only: str | None = None,
     observer: Callable[[str], Observer] = lambda stage: Observer(),
+    override: bool = False,
+    command: list[str] | None = None,
 ) -> Iterator[StageResult]:
     """Run stages in order, each in a folder of its own and from the last one's final weights.
 
@@ -138,6 +140,8 @@ def run_stages(
         folder: gets ``1_NAME``, ``2_NAME``, ...
         only: the name of one stage, or its number from 1.
         observer: made for each stage, and told what happens.
+        override: go on with recipes that differ from those that the run began with.
+        command: the command line, for the record.
 
     Yields:
         Each stage, when it is done.
@@ -154,22 +158,20 @@ def run_stages(
         _check(name, stages[name])
     for name in chosen:
         recipe, place = replace(stages[name], output=folders[name]), folders[name]
-        done = _epochs_done(place)
-        if done is not None and done >= recipe.epochs:
-            observer(name).note(f"stage {name} has run its {recipe.epochs} epochs: {place}")
-            yield StageResult(name, place, None)
-            continue
-        if done is None and name != names[0] and (only is None or recipe.weights is None):
+        state = _state(place)
+        follows = name != names[0] and (only is None or recipe.weights is None)
+        if state is not None and follows:
+            recipe = replace(recipe, weights=state["recipe"]["weights"])
+        elif follows:
             before = names[names.index(name) - 1]
-            finished = _epochs_done(folders[before])
-            if finished is None or finished < stages[before].epochs:
+            finished = _state(folders[before])
+            if finished is None or finished["epoch"] < stages[before].epochs:
                 raise UserError(
                     f"stage {name} starts from the weights of stage {before}, which is not finished in "
                     f"{folders[before]}: run that first, or give --weights"
                 )
             recipe = replace(recipe, weights=str(folders[before] / LAST))
-        result = train(recipe, None if done is None else place, observer(name))
-        yield StageResult(name, place, result)
+        yield StageResult(name, place, train(recipe, None, observer(name), override, command))
 
 
 def _choose(names: list[str], only: str) -> str:
@@ -196,6 +198,6 @@ def _check(stage: str, recipe: Recipe) -> None:
         raise UserError(f"stage {stage}: {e}") from e
 
 
-def _epochs_done(folder: Path) -> int | None:
-    """How many epochs a stage's folder holds; None if it holds no checkpoint."""
-    return read_training_state(folder)["epoch"] if (folder / LAST).exists() else None
+def _state(folder: Path) -> dict[str, Any] | None:
+    """The last checkpoint in a stage's folder; None if it holds none."""
+    return read_training_state(folder) if (folder / LAST).exists() else None
