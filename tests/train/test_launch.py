@@ -398,15 +398,15 @@ def restarts(job: launch.Job) -> int:
 @pytest.mark.slow
 def test_a_slurm_job_signalled_and_requeued_ends_as_an_undisturbed_one(slurm, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = [*TRAIN, "--epochs", "60", "--mixup", "0.8"]
+    arguments = [*TRAIN, "--epochs", "20", "--mixup", "0.8"]
     job = submit([*arguments, "--output", str(tmp_path / "run")], Slurm(time="10", signal_before=60))
     for disturbance in ("scancel --signal=USR1", "scontrol requeue"):
         before = epochs(job.folder), restarts(job)
-        wait_until(lambda before=before: epochs(job.folder) > before[0] + 2, 60, "three more epochs", job.log)
+        wait_until(lambda before=before: epochs(job.folder) > before[0] + 1, 60, "two more epochs", job.log)
         slurm_says(*disturbance.split(), job.job_id)
         wait_until(lambda before=before: restarts(job) > before[1], 30, disturbance, job.log)
     reached = epochs(job.folder)
-    assert reached < 60, "the job was through before it was disturbed: give it more epochs"
+    assert reached < 20, "the job was through before it was disturbed: give it more epochs"
     assert main(["train", *arguments, "--output", str(tmp_path / "undisturbed")]) == 0
     wait_for_end(job, 60)
     assert_same_weights(job.folder, tmp_path / "undisturbed")
