@@ -41,7 +41,10 @@ def test_a_run_is_resumed_by_its_own_recipe_changed_by_flags(run, tmp_path, caps
 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    assert main(["train", "--resume", str(copy), "--epochs", "3"]) == 0
+    changed = ["train", "--resume", str(copy), "--epochs", "3"]
+    assert main(changed) == 2
+    assert "epochs was 2, is now 3. Give --override-recipe" in capsys.readouterr().err
+    assert main([*changed, "--override-recipe"]) == 0
     printed = capsys.readouterr().out
     assert re.findall(r"^epoch (\d+)", printed, re.M) == ["3"]
 
@@ -179,14 +182,15 @@ RECIPE = ["train", "--recipe", "digits_three_stage", "--embed-dim", "32", "--dep
 
 def test_a_recipe_runs_its_stages_and_flags_change_them_all(capsys, tmp_path):
     arguments = [*RECIPE, "--epochs", "1", "--output", str(tmp_path / "run")]
+    stages = ["coarse", "finer", "pixels"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert re.findall(r"^(\w+)  last: ", printed, re.M) == ["coarse", "finer", "pixels"]
+    assert re.findall(r"^(\w+)  last: ", printed, re.M) == stages
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["1_coarse", "2_finer", "3_pixels"]
     assert main(arguments) == 0
-    assert "last:" not in capsys.readouterr().out
-    # One epoch more: every stage goes on.
-    assert main([*arguments, "--stage", "coarse", "--epochs", "2"]) == 0
+    assert re.findall(r"^\w+  (?:last|epoch)", capsys.readouterr().out, re.M) == [f"{s}  last" for s in stages]
+    # One epoch more: the stage goes on.
+    assert main([*arguments, "--stage", "coarse", "--epochs", "2", "--override-recipe"]) == 0
     assert re.findall(r"^coarse  epoch (\d+)", capsys.readouterr().out, re.M) == ["2"]
 
 

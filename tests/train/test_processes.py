@@ -112,16 +112,17 @@ sys.exit(main(sys.argv[1:-1]))
 
 
 @pytest.mark.parametrize(
-    ("how", "message", "said"), [("nan", "the loss is nan at step 5", 2), ("error", "the disk is full: make room", 2)]
+    ("how", "message"), [("nan", "the loss is nan at step 5"), ("error", "the disk is full: make room")]
 )
-def test_a_failure_in_one_process_stops_all_with_its_words(recipe, tmp_path, how, message, said):
+def test_a_failure_in_one_process_stops_all_with_its_words(recipe, tmp_path, how, message):
     script = tmp_path / "broken.py"
     script.write_text(BROKEN)
     start = time.monotonic()
     done = torchrun([*flags(recipe()), how], script=script)
     assert time.monotonic() - start < 60 + 30  # the starting of two processes included
     assert done.returncode != 0
-    assert done.stderr.count(f"patchscale: {message}") == said, done.stderr
+    # At least by the first that ends: torchrun kills the other.
+    assert f"patchscale: {message}" in done.stderr, done.stderr
 
 
 def test_a_killed_process_does_not_leave_the_others_waiting(recipe, tmp_path):

@@ -49,6 +49,8 @@ from patchscale.train.speed import Speed
 
 # Signals that ask a run to save and end: what schedulers send before they kill, and Ctrl-C.
 _STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+# Between pictures of the curves, which take a quarter of a second.
+_DRAW_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ class _Run:
         self.ema = self.updates.ema
         self.step = self.epochs_done = 0  # optimiser steps; epochs that were evaluated too
         self.best_top1, self.best_epoch = -1.0, 0
-        self.loss_sum, self.seen, self.seconds = 0.0, 0, 0.0  # of the epoch, up to now
+        self.loss_sum, self.seen, self.seconds = 0.0, 0, 0.0  # of the epoch up to now, over all processes
         self.scores: Scores | None = None
         self.ema_scores: Scores | None = None
         self.reports: list[EpochReport] = []
@@ -268,6 +270,7 @@ class _Run:
         if state is not None:
             self._restore(state)
         self.saved_at, self.saved_step = time.monotonic(), self.step
+        self.drawn_at = -math.inf
 
     def _state_to_go_on_from(self, resume: Path | None, override: bool) -> dict[str, Any] | None:
         source = resume or (self.folder if (self.folder / LAST).exists() else None)
@@ -302,6 +305,7 @@ class _Run:
             state=self.log_state,
             step=self.step,
             active=self.processes.is_first,
+            note=self.observer.note,
         )
         finished = False
         try:
@@ -336,9 +340,10 @@ class _Run:
             self.speed.has_images()
             _seed(self.recipe.seed, epoch, index, self.processes.rank)
             loss = self._step(images, labels)
-            self.loss_sum += loss * len(labels)
-            self.seen += len(labels)
-            self.seconds += self.speed.did(len(labels) * self.processes.count)
+            count = len(labels) * self.processes.count
+            self.loss_sum += loss * count
+            self.seen += count
+            self.seconds += self.speed.did(count)
             self._show(epoch, index, loss)
             self._stop_or_save()
 
@@ -409,16 +414,17 @@ class _Run:
     def _finish_epoch(self, epoch: int) -> None:
         scores = self._evaluate(self.model, epoch)
         ema_scores = None if self.ema is None else self._evaluate(self.ema.module, epoch)
-        images = self.seen * self.processes.count
         report = EpochReport(
-            epoch, self.step, self.loss_sum / self.seen, self.updates.lr, self.seconds, images / self.seconds,
+            epoch, self.step, self.loss_sum / self.seen, self.updates.lr, self.seconds, self.seen / self.seconds,
             scores, ema_scores,
         )  # fmt: skip
         self.scores, self.ema_scores, self.epochs_done = scores, ema_scores, epoch
         self.loss_sum, self.seen, self.seconds = 0.0, 0, 0.0
         self.reports.append(report)
         self.logs.epoch(self.step, report.to_dict())
-        if self.processes.is_first:
+        now = time.monotonic()
+        if self.processes.is_first and (epoch == self.recipe.epochs or now - self.drawn_at > _DRAW_SECONDS):
+            self.drawn_at = now
             plot_curves(self.folder)
         better = scores.top1 > self.best_top1
         if better:
@@ -462,7 +468,7 @@ class _Run:
             "step": self.step,
             "epoch": self.epochs_done,
             "loss_sum": self.loss_sum,
-            "seen": self.seen * self.processes.count,
+            "seen": self.seen,
             "seconds": self.seconds,
             "best_top1": self.best_top1,
             "best_epoch": self.best_epoch,
@@ -493,8 +499,7 @@ class _Run:
         if state["scaler"]:
             self.processes.fabric.strategy.precision.load_state_dict(state["scaler"])
         self.step, self.epochs_done = state["step"], state["epoch"]
-        self.loss_sum, self.seconds = state["loss_sum"], state["seconds"]
-        self.seen = state["seen"] // self.processes.count
+        self.loss_sum, self.seen, self.seconds = state["loss_sum"], state["seen"], state["seconds"]
         self.best_top1, self.best_epoch = state["best_top1"], state["best_epoch"]
         self.scores = None if state["scores"] is None else Scores(**state["scores"])
         self.ema_scores = None if state["ema_scores"] is None else Scores(**state["ema_scores"])

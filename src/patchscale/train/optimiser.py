@@ -165,7 +165,7 @@ class Updates:
         mean = self.processes.total(total)[0] / self.processes.count
         if math.isfinite(mean):
             if self.clip_grad is not None:
-                fabric.clip_gradients(self.model, self._stepper, max_norm=self.clip_grad, error_if_nonfinite=False)
+                fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip_grad, error_if_nonfinite=False)
             self._stepper.step()
             if self.ema is not None:
                 self.ema.update(self.plain)
