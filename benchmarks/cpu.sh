@@ -13,5 +13,5 @@ tokens=196,784,3136,4096,12544,16384,50176
 folder=$out/ops && bench ops --tokens $tokens --decay fresh,mild --out "$folder"
 folder=$out/model && bench model --tokens $tokens --width 256,768 --out "$folder"
 folder=$out/flat && bench model --tokens 784,3136,12544,50176,200704 --width 256,768 --peers none --out "$folder"
-folder=$out/tiny && bench model --model adventurer_tiny_patch16_224,adventurer_tiny_patch1_224 --peers none --repeats 3 \
+folder=$out/tiny && bench model --model adventurer_tiny_patch16_224,adventurer_tiny_patch1_224 --peers products-kept --repeats 3 \
     --out "$folder"

@@ -24,7 +24,7 @@ fi
 # The same number of tokens, 50,176, in every step.
 names=$(printf ',adventurer_base_patch%s_224' 16 8 4 2 1)
 if [[ $what == train || $what == all ]]; then
-    bench train train --model "${names#,}" --batch 256,64,16,4,1 --peers vit,mamba-ssm
+    bench train train --model "${names#,}" --batch 256,64,16,4,1 --peers vit,mamba-ssm,products-kept
 fi
 # What torch.compile, CUDA graphs and float8 add; compiling takes minutes. Who is not installed is left out.
 if [[ $what == compiled || $what == all ]]; then

@@ -11,6 +11,7 @@ import torch
 from timm.layers import create_feature_extractor
 from timm.models import get_notrace_modules
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor as torchvision_feature_extractor
 
 from patchscale import UserError
@@ -239,6 +240,29 @@ def test_checkpointing_recomputes_and_gives_equal_gradients(assert_near):
     model.set_grad_checkpointing(False)
     gradients(model, x)
     assert len(ran) == 6
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_checkpointing_that_keeps_products_repeats_none_of_them(autocast, assert_near):
+    model, x = small().train(), image()
+
+    def run():
+        model.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(x).square().sum()
+            loss.backward()
+        linear = {k: v for k, v in counter.get_flop_counts()["Global"].items() if "mm" in str(k)}
+        return sum(linear.values()), {k: p.grad.clone() for k, p in model.named_parameters()}
+
+    products, expected = run()
+    model.set_grad_checkpointing()
+    assert run()[0] > products
+    model.set_grad_checkpointing(keep_products=True)
+    again, actual = run()
+    assert again == products
+    for name, value in expected.items():
+        assert_near(actual[name], value, 1e-6, name)
 
 
 @pytest.mark.parametrize(("img_size", "patch_size"), [((24, 40), None), (None, 4), (64, 16), ((16, 48), (8, 4))])

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from patchscale.errors import Interrupted, UserError
+from patchscale.errors import INTERRUPTED, Interrupted, UserError
+from patchscale.train.checkpoint import read_training_state
 from patchscale.train.loop import Observer, train
 from patchscale.train.processes import make_fabric
 from patchscale.train.recipe import Recipe
@@ -142,6 +143,28 @@ def test_devices_are_started_from_the_command_line_alone(recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(rows(run.output)) == 1
     assert done.stdout.count("last: ") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_stops_the_run_and_not_its_readers(recipe, number):
+    """As Ctrl-C and Slurm send it."""
+    run = recipe(epochs=200, workers=2)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "patchscale", "train", *flags(run)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (run.output / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(child.pid, number)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == INTERRUPTED, said
+    assert "saved in" in said
+    assert "Traceback" not in said
+    assert read_training_state(run.output)["step"] > 0
 
 
 @pytest.mark.parametrize(

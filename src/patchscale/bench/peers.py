@@ -146,7 +146,7 @@ def _deit(case: Case) -> Candidate:
     return of_module(case, vit, comparable=False)
 
 
-# compiled, graphed, float8: this project's own other forms.
+# compiled, graphed, float8, products-kept: this project's own other forms.
 
 
 def _compiled(case: Case, mode: str | None = None) -> Candidate:
@@ -185,6 +185,15 @@ def to_float8(module: nn.Module) -> None:
         config=Float8LinearConfig(pad_inner_dim=True),  # the mean token is one row a sample
         module_filter_fn=lambda m, name: isinstance(m, nn.Linear) and not (m.in_features % 16 or m.out_features % 16),
     )
+
+
+def _products_kept(case: Case) -> Candidate:
+    if not case.checkpointing:
+        raise Failed("a case in which nothing is recomputed")
+    model = ours_model(case)
+    candidate = of_module(case, model)
+    model.set_grad_checkpointing(keep_products=True)
+    return candidate
 
 
 # mamba-ssm: the published code's kernels.
@@ -357,6 +366,13 @@ PEERS: dict[str, Peer] = {
         remark="this project compiled, its linear layers in float8 (torchao) where their sides are multiples of 16; "
         "another function, and not compared",
     ),
+    "products-kept": Peer(
+        "torch",
+        "pip install torch",
+        gpu_only=False,
+        makes=dict.fromkeys(("model", "step"), _products_kept),
+        remark="this project, checkpointed, the results of its linear layers kept",
+    ),
 }
 # Without --peers, all but this project's own other forms.
-DEFAULT_PEERS = tuple(name for name in PEERS if name not in ("compiled", "graphed", "float8"))
+DEFAULT_PEERS = tuple(name for name in PEERS if name not in ("compiled", "graphed", "float8", "products-kept"))

@@ -10,6 +10,7 @@ Parameter names are those of the published checkpoints. The models are registere
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +18,6 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     build_model_with_cfg,
-    checkpoint,
-    checkpoint_seq,
     generate_default_cfgs,
     register_model,
 )
@@ -26,6 +25,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import get_pretrained_grid_size, update_model_input_size
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from patchscale.errors import UserError
 from patchscale.models.block import CONV_WIDTH, NORM_EPS, Block
@@ -44,6 +44,8 @@ FLIP_RULES: dict[Flip, Callable[[int], bool]] = {
     "released": lambda n: n // 2 == 1,
 }
 GLOBAL_POOLS = ("token", "avg", "")
+# What a linear layer runs.
+_PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 
 
 class Adventurer(nn.Module):
@@ -110,7 +112,7 @@ class Adventurer(nn.Module):
         self.global_pool = global_pool
         self.flip = flip
         self.dynamic_img_size = dynamic_img_size
-        self.grad_checkpointing = False
+        self.set_grad_checkpointing(False)
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
         patches = math.prod(grid_size(img_size, patch_size))
@@ -215,9 +217,14 @@ class Adventurer(nn.Module):
             "blocks": r"^layers\.(\d+)",
         }
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of storing what it computed."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, keep_products: bool = False) -> None:
+        """Recompute each block in the backward pass instead of storing what it computed.
+
+        Args:
+            enable: or store everything again.
+            keep_products: store what the linear layers computed, most of the arithmetic, and recompute the rest.
+        """
+        self.grad_checkpointing, self.keep_products = enable, keep_products
 
     def get_classifier(self) -> nn.Module:
         """The head."""
@@ -285,8 +292,15 @@ class Adventurer(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, patches + 1, embed_dim), normed, the class token last."""
         x = self._embed(x)
-        x = checkpoint_seq(self.layers, x) if self.grad_checkpointing else self.layers(x)
+        for block in self.layers:
+            x = self._run(block, x)
         return self.norm_f(x)
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if not self.grad_checkpointing:
+            return block(x)
+        keep = partial(create_selective_checkpoint_contexts, _PRODUCTS) if self.keep_products else noop_context_fn
+        return checkpoint(block, x, use_reentrant=False, context_fn=keep)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool what ``forward_features`` gave and classify it; ``pre_logits`` stops before the classifier."""
@@ -345,7 +359,7 @@ class Adventurer(nn.Module):
         x = self._embed(x)
         taken = []
         for i, block in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            x = self._run(block, x)
             if i in take:
                 taken.append(self.norm_f(x) if norm else x)
 

@@ -1,6 +1,7 @@
 """From a recipe to the parts of its run: folder, data, model, task."""
 
 import difflib
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,9 @@ from patchscale.tasks.distillation import Distillation, Teacher
 from patchscale.train.checkpoint import load_model
 from patchscale.train.device import default_workers
 from patchscale.train.recipe import Recipe
+
+# Signals that ask a run to save and end: what schedulers send before they kill, and Ctrl-C.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 def open_sources(recipe: Recipe) -> tuple[Source, Source]:
@@ -75,6 +79,17 @@ def check_model_name(name: str) -> None:
     near = difflib.get_close_matches(name, timm.list_models("adventurer_*") + timm.list_models(), n=4, cutoff=0.6)
     hint = f"; did you mean {', '.join(near)}?" if near else "; `patchscale models` lists them"
     raise UserError(f"unknown model {name!r}{hint}")
+
+
+def recompute_blocks(model: nn.Module, keep_products: bool) -> None:
+    """Turn activation checkpointing on.
+
+    Raises:
+        UserError: a model that cannot keep products.
+    """
+    if keep_products and not isinstance(model, Adventurer):
+        raise UserError(f"--keep-products is for Adventurer models, not {type(model).__name__}: leave it out")
+    model.set_grad_checkpointing(**({"keep_products": True} if keep_products else {}))  # type: ignore[operator]
 
 
 def preprocessing_for(recipe: Recipe, model: nn.Module, source: Source) -> Preprocessing:
@@ -196,12 +211,19 @@ def make_loader(
         sampler=sampler,
         drop_last=training,
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_run,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
         persistent_workers=training and workers > 0,
         prefetch_factor=4 if workers > 0 else None,
     )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and a scheduler's signals reach every process of the group; the run decides when its workers end."""
+    for name in STOP_SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
 
 
 def refuse_or_note(item: Unreadable, skip: bool, note: Callable[[str], None]) -> None:

@@ -21,6 +21,7 @@ from patchscale.data.sources import Unreadable
 from patchscale.errors import Interrupted, TrainingStopped, UserError, first_line
 from patchscale.tasks.classification import Scores
 from patchscale.train.build import (
+    STOP_SIGNALS,
     create_model,
     make_loader,
     make_task,
@@ -28,6 +29,7 @@ from patchscale.train.build import (
     model_arguments,
     open_sources,
     preprocessing_for,
+    recompute_blocks,
     refuse_or_note,
     run_folder,
     start_from,
@@ -47,8 +49,6 @@ from patchscale.train.processes import (
 from patchscale.train.recipe import Recipe
 from patchscale.train.speed import Speed
 
-# Signals that ask a run to save and end: what schedulers send before they kill, and Ctrl-C.
-_STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 # Between pictures of the curves, which take a quarter of a second.
 _DRAW_SECONDS = 10.0
 
@@ -204,7 +204,7 @@ def _stop_signals(run: "_Run") -> Iterator[None]:
             raise KeyboardInterrupt
         run.asked_to_stop = number
 
-    before = {number: signal.signal(number, ask) for number in _STOP_SIGNALS}
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -239,7 +239,7 @@ class _Run:
         if recipe.weights is not None and state is None:
             self.resized = start_from(model, recipe, observer.note)
         if recipe.grad_checkpointing:
-            model.set_grad_checkpointing()
+            recompute_blocks(model, recipe.keep_products)
         freeze(model, recipe.freeze)
         self.dtype = torch.float64 if recipe.precision == "64-true" else torch.float32
         self.model = model.to(self.device, self.dtype)

@@ -20,7 +20,7 @@ Strategy = Literal["auto", "ddp", "fsdp"]
 # A run may go on with other values of these: another machine, the same result.
 _WHERE_AND_HOW = {
     "output", "device", "devices", "nodes", "strategy", "device_batch", "workers", "grad_checkpointing",
-    "skip_unreadable", "trackers", "save_minutes", "keep_epochs",
+    "keep_products", "skip_unreadable", "trackers", "save_minutes", "keep_epochs",
 }  # fmt: skip
 
 
@@ -144,6 +144,8 @@ class Recipe:
     """Of the weights, the order of images and the augmentation."""
     grad_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
+    keep_products: bool = False
+    """With grad_checkpointing, keep what linear layers computed: between the two in memory and time."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Where metrics go beside metrics.jsonl: tensorboard, wandb, mlflow, trackio."""
     save_minutes: float = 10.0
@@ -176,7 +178,8 @@ class Recipe:
             raise UserError(f"--ema-decay is {self.ema_decay}, expected between 0 and 1")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise UserError(f"--clip-grad is {self.clip_grad}, expected more than 0; leave it out for none")
-
+        if self.keep_products and not self.grad_checkpointing:
+            raise UserError("--keep-products is a way of --grad-checkpointing: give both")
         if not self.save_minutes >= 0:
             raise UserError(f"--save-minutes is {self.save_minutes}, expected 0 (after every step) or more")
 
