@@ -13,6 +13,7 @@ from timm.layers import to_2tuple
 from torch import nn
 from torch.utils.data import DataLoader
 
+from patchscale.data.decoding import Decoder, EncodedFiles, collate_encoded
 from patchscale.data.sampling import EpochSampler, ShareSampler
 from patchscale.data.sources import Source, Transform, Transformed, Unreadable, collate, open_source
 from patchscale.data.transforms import Preprocessing
@@ -132,6 +133,14 @@ def training_transform(recipe: Recipe, preprocessing: Preprocessing) -> Transfor
     )
 
 
+def make_decoder(recipe: Recipe, preprocessing: Preprocessing, device: torch.device, training: bool) -> Decoder | None:
+    """What decodes files where the model computes, if the recipe says so."""
+    if recipe.decode == "workers":
+        return None
+    names = ("crop_scale", "hflip", "color_jitter", "random_erasing")
+    return Decoder(preprocessing, {n: getattr(recipe, n) for n in names} if training else None, device)
+
+
 def make_task(recipe: Recipe, num_classes: int, teacher: nn.Module | None) -> Classification:
     """The recipe's loss and mixing."""
     distillation = None
@@ -196,23 +205,26 @@ def _teacher_model(
 
 def make_loader(
     source: Source,
-    transform: Transform,
+    transform: Transform | None,
     batch_size: int,
     workers: int | None,
     device: torch.device,
     sampler: EpochSampler | ShareSampler | None = None,
 ) -> DataLoader:
-    """Batches of (images, labels, unreadable); those of an epoch of training without the incomplete last one."""
+    """Batches of (images, labels, unreadable); those of an epoch of training without the incomplete last one.
+
+    Without a transform, the images are files still to be decoded.
+    """
     training = isinstance(sampler, EpochSampler)
     workers = default_workers(device) if workers is None else workers
     return DataLoader(
-        Transformed(source, transform),
+        EncodedFiles(source) if transform is None else Transformed(source, transform),
         batch_size,
         sampler=sampler,
         drop_last=training,
         num_workers=workers,
         worker_init_fn=_leave_signals_to_the_run,
-        collate_fn=collate,
+        collate_fn=collate_encoded if transform is None else collate,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
         persistent_workers=training and workers > 0,

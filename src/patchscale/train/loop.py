@@ -23,6 +23,7 @@ from patchscale.tasks.classification import Scores
 from patchscale.train.build import (
     STOP_SIGNALS,
     create_model,
+    make_decoder,
     make_loader,
     make_task,
     make_teacher,
@@ -248,7 +249,10 @@ class _Run:
         self.preprocessing = preprocessing_for(recipe, model, train_source)
         teacher = make_teacher(recipe, self.classes, self.preprocessing)
         self.task = make_task(recipe, len(self.classes), teacher and teacher.to(self.device, self.dtype))
-        augmented, evaluated = training_transform(recipe, self.preprocessing), self.preprocessing.transform()
+        on_device = recipe.decode == "device"
+        augmented = None if on_device else training_transform(recipe, self.preprocessing)
+        evaluated = None if on_device else self.preprocessing.transform()
+        self.decoders = [make_decoder(recipe, self.preprocessing, self.device, training) for training in (True, False)]
         self.train_loader = make_loader(train_source, augmented, self.batch, recipe.workers, self.device, self.sampler)
         at_once = min(self.batch, recipe.images_at_once)
         self.val_loader = make_loader(
@@ -439,8 +443,11 @@ class _Run:
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             start, seen = time.perf_counter(), 0
             for index, (images, labels) in enumerate(self._batches(self.val_loader), start=1):
-                if len(labels) or not self.processes.together:
+                if len(labels):
                     yield images, labels
+                else:  # processes that share weights have to call the model equally often
+                    blank = self.preprocessing.channels, *self.preprocessing.img_size
+                    yield images.new_zeros(1, *blank), labels.new_full((1,), -1)
                 seen += len(labels) * self.processes.count
                 rate = seen / (time.perf_counter() - start)
                 self.observer.progress(
@@ -452,7 +459,11 @@ class _Run:
             return self.task.evaluate(model, batches())
 
     def _batches(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+        decoder = self.decoders[loader is self.val_loader]
         for images, labels, unreadable in loader:
+            if decoder is not None:
+                images, labels, broken = decoder(images, labels)
+                unreadable += broken
             for item in set(unreadable) - self.unreadable:
                 refuse_or_note(item, self.recipe.skip_unreadable, self.observer.note)
                 self.unreadable.add(item)
