@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 
@@ -219,6 +220,7 @@ def test_tensorboard_forgets_what_the_killed_run_logged_after_its_checkpoint(tmp
     killed.epoch(30, row(3, top1=-1.0))
     killed.step(35, {"loss": -1.0})
     killed.state()
+    time.sleep(1.1)  # the files of one process are put in order by the second in which they were begun
     resumed = Logs(tmp_path, state=state, step=20)
     resumed.epoch(30, row(3))
     resumed.close(finished=True)
