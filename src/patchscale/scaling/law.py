@@ -1,0 +1,549 @@
+"""The law of patch size, L(p) = L_inf + A p^alpha, and how sure a handful of runs can be of it.
+
+That test loss falls smoothly with the patch's side p down to single pixels is the finding of "Scaling Laws in
+Patchification" (arXiv 2502.03738, figure 1). The paper prints no equation; this form follows from the spacing of that
+figure's ticks, which are those of log(L - L_inf). With an image of fixed size there are N = (side / p)^2 tokens, so the
+same law in tokens has the exponent -alpha / 2, and in FLOPs, where they grow as N, the same again.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, stats
+
+from patchscale.errors import UserError
+
+Array = NDArray[np.float64]
+Axis = Literal["patch", "tokens", "flops"]
+FormName = Literal["law", "power", "constant"]
+Verdict = Literal["holds", "undetermined", "fails"]
+
+FORMULAS: dict[str, str] = {"law": "L_inf + A x^alpha", "power": "A x^alpha", "constant": "L_inf"}
+_FREE: dict[str, int] = {"law": 3, "power": 2, "constant": 1}
+# Steepest law looked for: from the coarsest to the finest patch, e to this many times.
+_STEEPEST = 20.0
+# A seed further from its patch's median than this many standard deviations of one run is drawn in to there.
+_CLIP = 5.0
+_LACK_OF_FIT = 0.05
+_SAME_AICC = 2.0
+
+
+class Prediction(NamedTuple):
+    """What is expected at given places; arrays of their shape, in the unit of the losses."""
+
+    value: Array
+    low: Array
+    high: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """One form of the law, fitted. Losses and ``A`` in the unit of what was fitted (nats, or percent of error)."""
+
+    name: FormName
+    L_inf: float
+    """What the loss tends to; 0 for the power law."""
+    A: float
+    """Loss above L_inf at x = 1; 0 for the constant."""
+    alpha: float
+    """Exponent; negative in tokens and FLOPs, 0 for the constant."""
+    intervals: dict[str, tuple[float, float]]
+    """Of ``L_inf``, ``A`` and ``alpha``; NaN where the runs leave nothing to judge their spread by."""
+    sse: float
+    """Sum of squared residuals."""
+    aicc: float
+    """Akaike's criterion corrected for few runs; infinite where there are too few for it."""
+    weight: float
+    """Akaike weight among the three forms; NaN where the runs are too few for one of them."""
+    held_out: float | None
+    """Finest patch left out of the fit: predicted minus found. None where what remains does not settle the form."""
+    _draws: Array
+    """(draws, 3): L_inf, A at the reference, alpha, refitted to resampled runs."""
+    _noise: Array
+    """Residuals that stand for one run's noise."""
+    _reference: float
+    _confidence: float
+
+    def __call__(self, x: ArrayLike) -> Array:
+        """The fitted curve at ``x``."""
+        return np.asarray(self.L_inf + self.A * np.asarray(x, np.float64) ** self.alpha)
+
+    def predict(self, x: ArrayLike, runs: int | None = None) -> Prediction:
+        """The curve at other places, with an interval at the fit's confidence.
+
+        Args:
+            x: patch sizes (pixels), tokens or FLOPs, as the fit's axis says; any shape.
+            runs: the interval is where the mean of this many new runs would fall; of the curve itself if None.
+        """
+        places = np.asarray(x, np.float64)
+        if not np.all(np.isfinite(places) & (places > 0)):
+            raise UserError(f"cannot predict at {places.tolist()}: give numbers above 0")
+        if runs is not None and runs < 1:
+            raise UserError(f"runs is {runs}, expected 1 or more")
+        value = self(places)
+        if not len(self._draws):
+            return Prediction(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
+        l_inf, a, alpha = (self._draws[:, i].reshape(-1, *[1] * places.ndim) for i in range(3))
+        drawn = l_inf + a * (places / self._reference) ** alpha
+        if runs is not None:
+            generator = np.random.default_rng(1)
+            drawn = drawn + generator.choice(self._noise, (*drawn.shape, runs)).mean(-1)
+        low, high = _interval(drawn, self._confidence)
+        return Prediction(value, low, high)
+
+
+@dataclass(frozen=True, eq=False)
+class LawFit:
+    """The law and its rivals fitted to the same runs, and what may be concluded."""
+
+    axis: Axis
+    x: Array
+    """(runs,)"""
+    loss: Array
+    """(runs,)"""
+    forms: dict[str, Form]
+    """``law``, ``power`` and ``constant``."""
+    confidence: float
+    noise: float
+    """Standard deviation of one run; NaN where nothing tells."""
+    lack_of_fit: float | None
+    """Chance of seeds scattering so far off the law if it held (F-test against the spread of runs that differ in their
+    seed alone); None without such runs."""
+    drawn_in: tuple[int, ...]
+    """Runs whose distance from their patch's median was shortened."""
+    verdict: Verdict
+    words: str
+    """The verdict in a sentence or two."""
+
+    @property
+    def law(self) -> Form:
+        """L_inf + A x^alpha."""
+        return self.forms["law"]
+
+    @property
+    def best(self) -> Form:
+        """The form that Akaike's criterion favours."""
+        return min(self.forms.values(), key=lambda form: form.aicc)
+
+    def predict(self, x: ArrayLike, runs: int | None = None) -> Prediction:
+        """See :meth:`Form.predict`; by the law, whose intervals widen by themselves where L_inf is not determined."""
+        return self.law.predict(x, runs)
+
+
+def fit_law(
+    x: ArrayLike,
+    loss: ArrayLike,
+    axis: Axis = "patch",
+    confidence: float = 0.9,
+    noise: float | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> LawFit:
+    """Fit L(x) = L_inf + A x^alpha, with L_inf >= 0 and A >= 0, to runs at three or more places.
+
+    Least squares over all runs. A run far from the others of its patch (more than 5 standard deviations) is drawn in,
+    so that one diverged seed cannot bend the law; a patch as a whole never is, since a patch that departs from the law
+    is a finding.
+
+    Intervals are percentiles of refits to the fitted curve plus resampled residuals. Each refit's residuals are scaled
+    by a draw of what the true spread may be given so few runs (chi-squared), without which intervals of 5 to 15 runs
+    are too narrow. The runs' spread is taken to be the same at every patch.
+
+    The law is compared with the power law (L_inf = 0) and with a constant by AICc and by the finest patch held out.
+
+    Args:
+        x: (runs,) patch side in pixels, tokens an image, or FLOPs, as ``axis`` says; runs that differ in the seed alone
+            repeat it.
+        loss: (runs,) test loss (nats), or any other quantity that is better low and above 0, such as percent of error.
+        axis: what ``x`` is. Loss rises with the patch's side and falls with tokens and FLOPs: alpha is positive for
+            the first, negative for the others.
+        confidence: of the intervals.
+        noise: standard deviation of one run, where it is known from elsewhere; needed for intervals where there are as
+            many runs as constants.
+        draws: refits for the intervals; 0 for none.
+        seed: of the resampling.
+
+    Raises:
+        UserError: fewer than three places, lengths that differ, or numbers that are not finite and above 0.
+    """
+    places, losses = _checked(x, loss, axis, confidence, noise)
+    used, drawn_in = _draw_in(places, losses)
+    fits = {name: _fit(places, used, axis, name) for name in _FREE}
+    free_runs = len(places) - _FREE["law"]
+    generator = np.random.default_rng(seed)
+    aicc = {name: _aicc(fit.sse, len(places), _FREE[name] + 1, _floor(used)) for name, fit in fits.items()}
+    best = min(aicc.values())
+    comparable = all(map(math.isfinite, aicc.values()))
+    relative = {name: math.exp((best - value) / 2) if comparable else math.nan for name, value in aicc.items()}
+    errors = _held_out_errors(places, used, axis)
+    forms: dict[str, Form] = {}
+    for name, fit in fits.items():
+        residuals = _noise_like(used - fit.curve(places), _FREE[name], noise, generator)
+        redrawn = _redraw(places, fit, name, residuals, axis, noise, draws, generator)
+        forms[name] = Form(
+            name,  # type: ignore[arg-type]
+            fit.l_inf,
+            fit.a / fit.reference**fit.alpha,
+            fit.alpha,
+            _intervals(redrawn, fit.reference, confidence),
+            fit.sse,
+            aicc[name],
+            relative[name] / sum(relative.values()),
+            errors.get(name),
+            redrawn,
+            residuals,
+            fit.reference,
+            confidence,
+        )
+    spread = noise if noise is not None else math.sqrt(fits["law"].sse / free_runs) if free_runs else math.nan
+    lack = _lack_of_fit(places, used, fits["law"].sse)
+    verdict, words = _judge(places, used, forms, axis, confidence, lack)
+    return LawFit(axis, places, losses, forms, confidence, spread, lack, drawn_in, verdict, words)
+
+
+class Scored(NamedTuple):
+    """A prediction beside what was found there."""
+
+    x: float
+    predicted: float
+    low: float
+    high: float
+    found: float
+    runs: int
+
+    @property
+    def inside(self) -> bool:
+        """Whether the interval holds what was found."""
+        return self.low <= self.found <= self.high
+
+
+def score_coarse_to_fine(
+    patch: ArrayLike,
+    loss: ArrayLike,
+    coarse: Sequence[float] = (16, 8, 4),
+    form: FormName = "law",
+    confidence: float = 0.9,
+    noise: float | None = None,
+) -> list[Scored]:
+    """Fit on the coarse patches alone, predict the finer ones, and set what was found beside it.
+
+    Args:
+        patch: (runs,) patch side in pixels.
+        loss: (runs,) as for :func:`fit_law`.
+        coarse: patch sizes to fit on.
+        form: which form predicts.
+        confidence: of the interval for the mean of as many runs as were made.
+        noise: see :func:`fit_law`.
+
+    Raises:
+        UserError: the runs lack a coarse patch, or have no finer one.
+    """
+    places, losses = _checked(patch, loss, "patch", confidence, noise, least=1)
+    missing = sorted(set(coarse) - set(places), reverse=True)
+    finer = sorted({p for p in places if p < min(coarse)}, reverse=True)
+    if missing or not finer:
+        what = f"none at patch {missing[0]:g}" if missing else f"none finer than patch {min(coarse):g}"
+        fitted_on = ", ".join(f"{p:g}" for p in coarse)
+        raise UserError(
+            f"predicting fine patches from {fitted_on} needs runs at each of them and at a finer one: {what}"
+        )
+    fitted = np.isin(places, coarse)
+    fit = fit_law(places[fitted], losses[fitted], confidence=confidence, noise=noise).forms[form]
+    scores = []
+    for p in finer:
+        found = losses[places == p]
+        value, low, high = map(float, fit.predict(p, len(found)))
+        scores.append(Scored(float(p), value, low, high, float(found.mean()), len(found)))
+    return scores
+
+
+def _checked(
+    x: ArrayLike, loss: ArrayLike, axis: str, confidence: float, noise: float | None, least: int = 3
+) -> tuple[Array, Array]:
+    names = {"patch": "patch sizes", "tokens": "numbers of tokens", "flops": "FLOPs"}
+    if axis not in get_args(Axis):
+        raise UserError(f"axis is {axis!r}, expected one of {', '.join(get_args(Axis))}")
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence is {confidence}, expected between 0 and 1, such as 0.9")
+    if noise is not None and not (math.isfinite(noise) and noise > 0):
+        raise UserError(f"noise is {noise}, expected a standard deviation above 0, or none")
+    try:
+        places, losses = np.asarray(x, np.float64), np.asarray(loss, np.float64)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"the law needs numbers: {e}") from e
+    if places.ndim != 1 or places.shape != losses.shape:
+        raise UserError(
+            f"{names[axis]} have the shape {places.shape} and losses {losses.shape}: give two lists of one length, an "
+            "entry a run"
+        )
+    for what, values in ((names[axis], places), ("losses", losses)):
+        bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+        if len(bad):
+            raise UserError(
+                f"{what}: entry {bad[0]} is {values[bad[0]]:g}, expected above 0 and finite; leave that run out"
+            )
+    if len(set(places)) < least:
+        found = ", ".join(f"{p:g}" for p in sorted(set(places))) or "none"
+        raise UserError(f"the law has three constants and needs runs at 3 different {names[axis]} or more, not {found}")
+    return places, losses
+
+
+def _draw_in(places: Array, losses: Array) -> tuple[Array, tuple[int, ...]]:
+    """Losses with runs far off the others of their patch moved nearer, and which.
+
+    The standard deviation is the median distance of two runs of a patch, over that of two normal draws.
+    """
+    gaps, medians = [], np.empty_like(losses)
+    for p in set(places):
+        here = losses[places == p]
+        medians[places == p] = np.median(here)
+        gaps += np.abs(here[:, None] - here)[np.triu_indices(len(here), 1)].tolist()
+    if not gaps or not np.median(gaps) > 0:
+        return losses, ()
+    furthest = _CLIP * float(np.median(gaps)) / (math.sqrt(2) * stats.norm.ppf(0.75))
+    off = losses - medians
+    return medians + np.clip(off, -furthest, furthest), tuple(np.flatnonzero(np.abs(off) > furthest).tolist())
+
+
+class _Fit(NamedTuple):
+    l_inf: float
+    a: float
+    """At the reference."""
+    alpha: float
+    reference: float
+    sse: float
+
+    def curve(self, x: Array) -> Array:
+        return self.l_inf + self.a * (x / self.reference) ** self.alpha
+
+
+def _unit(places: Array, axis: str) -> tuple[Array, float, float]:
+    """Where each place lies, from the end of low loss (0) to the other (1); that other; the span of log x, signed."""
+    sign = 1.0 if axis == "patch" else -1.0
+    logs = sign * np.log(places)
+    span = float(logs.max() - logs.min())
+    reference = float(places.max() if sign > 0 else places.min())
+    return (logs - logs.min()) / span, reference, sign * span
+
+
+def _fit(places: Array, losses: Array, axis: str, name: str) -> _Fit:
+    unit, reference, span = _unit(places, axis)
+    constants, sse = _solve(unit, losses[None], name)
+    start, lowest = constants[0], float(sse[0])
+    if name != "constant" and start[1] > 0:
+        polished = _polish(unit, losses, start, name)
+        found = float(np.sum((losses - _curve(unit, polished)) ** 2))
+        if found <= lowest or lowest < _floor(losses):
+            start, lowest = polished, found
+    return _Fit(float(start[0]), float(start[1]), float(start[2] / span), reference, lowest)
+
+
+def _curve(unit: Array, constants: Array) -> Array:
+    l_inf, a, steepness = constants
+    return l_inf + a * np.exp(steepness * (unit - 1))
+
+
+def _polish(unit: Array, losses: Array, start: Array, name: str) -> Array:
+    """From the search over steepness to full precision."""
+    free = [0, 1, 2] if name == "law" else [1, 2]
+
+    def spread_out(values: Array) -> Array:
+        constants = np.zeros(3)
+        constants[free] = values
+        return constants
+
+    def jacobian(values: Array) -> Array:
+        _, a, steepness = spread_out(values)
+        rise = np.exp(steepness * (unit - 1))
+        return np.stack([np.ones_like(unit), rise, a * (unit - 1) * rise], axis=1)[:, free]
+
+    high = np.array([np.inf, np.inf, _STEEPEST])[free]
+    found = optimize.least_squares(
+        lambda values: _curve(unit, spread_out(values)) - losses,
+        np.clip(start[free], 0, high * (1 - 1e-9)),
+        jacobian,
+        bounds=(np.zeros(len(free)), high),
+        x_scale="jac",
+        xtol=1e-14,
+        ftol=1e-14,
+        gtol=1e-14,
+    )
+    return spread_out(found.x)
+
+
+def _solve(unit: Array, losses: Array, name: str) -> tuple[Array, Array]:
+    """Least squares for many sets of losses (sets, runs) at once: constants (sets, 3) and sums of squares (sets,).
+
+    For a given steepness the other constants are linear, so the search is over that one alone: a grid, then twice a
+    finer one about the best.
+    """
+    if name == "constant":
+        means = losses.mean(1)
+        zeros = np.zeros_like(means)
+        return np.stack([means, zeros, zeros], 1), np.sum((losses - means[:, None]) ** 2, 1)
+    grid = np.geomspace(1e-3, _STEEPEST, 128)
+    steepness, step = grid[None], float(grid[1] / grid[0])
+    for _ in range(3):
+        l_inf, a, sse = _linear_constants(np.exp(steepness[..., None] * (unit - 1)), losses, name)
+        best = np.argmin(sse, 1)[:, None]
+        chosen = np.take_along_axis(np.broadcast_to(steepness, sse.shape), best, 1)
+        found = np.concatenate([np.take_along_axis(l_inf, best, 1), np.take_along_axis(a, best, 1), chosen], 1)
+        lowest = np.take_along_axis(sse, best, 1)[:, 0]
+        steepness = np.minimum(chosen * step ** np.linspace(-1, 1, 11), _STEEPEST)
+        step **= 0.2
+    return found, lowest
+
+
+def _linear_constants(rise: Array, losses: Array, name: str) -> tuple[Array, Array, Array]:
+    """L_inf, A and the sum of squares, each (sets, steepnesses), for ``rise`` (sets or 1, steepnesses, runs)."""
+    product = np.matmul(rise, losses[..., None])[..., 0]
+    squares, total = np.sum(rise**2, -1), np.sum(losses**2, 1)[:, None]
+    through_zero = product / squares
+    sse_zero = total - through_zero * product
+    if name == "power":
+        return np.zeros_like(sse_zero), through_zero, sse_zero
+    count, mean_rise, mean = losses.shape[1], rise.mean(-1), losses.mean(1)[:, None]
+    covariance = product - count * mean_rise * mean
+    spread = np.sum((rise - mean_rise[..., None]) ** 2, -1)
+    a = covariance / spread
+    l_inf = mean - a * mean_rise
+    flat = total - count * mean**2
+    sse = flat - a * covariance
+    below, falling = l_inf < 0, a < 0
+    a = np.where(falling, 0.0, np.where(below, through_zero, a))
+    l_inf = np.where(falling, mean, np.where(below, 0.0, l_inf))
+    return l_inf, a, np.where(falling, flat, np.where(below, sse_zero, sse))
+
+
+def _noise_like(residuals: Array, constants: int, noise: float | None, generator: np.random.Generator) -> Array:
+    """Residuals as wide as one run's noise: fitting took some of it away. Empty where it took all."""
+    if noise is not None:
+        return generator.normal(0, noise, 1000)
+    left = len(residuals) - constants
+    if left < 1:
+        return np.empty(0)
+    return (residuals - residuals.mean()) * math.sqrt(len(residuals) / left)
+
+
+def _redraw(
+    places: Array,
+    fit: _Fit,
+    name: str,
+    residuals: Array,
+    axis: str,
+    noise: float | None,
+    draws: int,
+    generator: np.random.Generator,
+) -> Array:
+    """(draws, 3): L_inf, A at the reference, alpha, of refits; none where there is no noise to draw."""
+    if not draws or not len(residuals):
+        return np.empty((0, 3))
+    unit, _, span = _unit(places, axis)
+    drawn = generator.choice(residuals, (draws, len(places)))
+    if noise is None:
+        left = len(places) - _FREE[name]
+        drawn = drawn * np.sqrt(left / generator.chisquare(left, (draws, 1)))
+    constants, _ = _solve(unit, fit.curve(places) + drawn, name)
+    return constants / np.array([1, 1, span])
+
+
+def _interval(drawn: Array, confidence: float) -> tuple[Array, Array]:
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return low, high
+
+
+def _intervals(draws: Array, reference: float, confidence: float) -> dict[str, tuple[float, float]]:
+    names = ("L_inf", "A", "alpha")
+    if not len(draws):
+        return dict.fromkeys(names, (math.nan, math.nan))
+    at_one = draws[:, 1] * reference ** -draws[:, 2]
+    columns = np.stack([draws[:, 0], at_one, draws[:, 2]], 1)
+    low, high = _interval(columns, confidence)
+    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
+
+
+def _floor(losses: Array) -> float:
+    """A sum of squares that is nothing but rounding."""
+    return float(len(losses) * (1e-9 * losses.max()) ** 2)
+
+
+def _aicc(sse: float, runs: int, constants: int, floor: float) -> float:
+    """Akaike's criterion of a least-squares fit (the noise counts as a constant), corrected for few runs."""
+    if runs - constants - 1 < 1:
+        return math.inf
+    criterion = runs * math.log(max(sse, floor) / runs) + 2 * constants
+    return criterion + 2 * constants * (constants + 1) / (runs - constants - 1)
+
+
+def _held_out_errors(places: Array, losses: Array, axis: str) -> dict[str, float]:
+    finest = places.min() if axis == "patch" else places.max()
+    rest = places != finest
+    found = float(losses[~rest].mean())
+    errors = {}
+    for name, constants in _FREE.items():
+        if len(set(places[rest])) >= max(constants, 2):
+            errors[name] = float(_fit(places[rest], losses[rest], axis, name).curve(finest)) - found
+    return errors
+
+
+def _lack_of_fit(places: Array, losses: Array, sse: float) -> float | None:
+    means = {p: losses[places == p].mean() for p in set(places)}
+    pure = float(np.sum((losses - np.array([means[p] for p in places])) ** 2))
+    repeats, spare = len(places) - len(means), len(means) - _FREE["law"]
+    if repeats < 1 or spare < 1 or pure <= _floor(losses):
+        return None
+    return float(stats.f.sf(max(sse - pure, 0.0) / spare / (pure / repeats), spare, repeats))
+
+
+def _judge(
+    places: Array, losses: Array, forms: dict[str, Form], axis: str, confidence: float, lack: float | None
+) -> tuple[Verdict, str]:
+    """What may be concluded, and why."""
+    law, power, constant = forms["law"], forms["power"], forms["constant"]
+    order = sorted(set(places), reverse=axis == "patch")
+    means = [float(losses[places == p].mean()) for p in order]
+    repeated = len(places) > len(order)
+    rise = ""
+    if means[-1] > means[-2]:
+        rise = f" The loss rises from {means[-2]:.4g} to {means[-1]:.4g} at the last step."
+    if lack is not None and lack < _LACK_OF_FIT:
+        return "fails", (
+            f"The law does not hold: its curve misses the patches' means by more than the seeds scatter "
+            f"(chance {_chance(lack)}).{rise}"
+        )
+    if math.isfinite(law.aicc):
+        flat = constant.aicc <= min(law.aicc, power.aicc)
+        why = "a constant describes these runs as well as any curve (AICc)"
+    else:
+        curves = [form.held_out for form in (law, power) if form.held_out is not None]
+        flat = constant.held_out is not None and bool(curves) and abs(constant.held_out) <= min(map(abs, curves))
+        why = "the mean of the other patches predicts the finest as well as any curve (too few runs for AICc)"
+    if flat:
+        return "fails", f"The law does not hold: {why}.{rise}"
+    low, high = law.intervals["L_inf"]
+    reasons = []
+    if math.isnan(low):
+        reasons.append("there are as many constants as runs, and nothing tells how far one run scatters")
+    else:
+        share = f"{confidence:.0%}"
+        if low <= 1e-6 * min(means):
+            reasons.append(f"its {share} interval, 0 to {high:.3g}, reaches 0")
+        if high - low > max(means) - min(means):
+            reasons.append(f"its {share} interval is wider than the losses' range, {max(means) - min(means):.3g}")
+    if math.isfinite(law.aicc) and power.aicc < law.aicc + _SAME_AICC:
+        better = "better" if power.aicc < law.aicc else "as well"
+        reasons.append(f"a power law without it describes them {better} (AICc {power.aicc - law.aicc:+.1f})")
+    if reasons:
+        return "undetermined", f"These runs do not determine L_inf: {'; '.join(reasons)}.{rise}"
+    how = f"chance of a scatter as large: {_chance(lack)}" if lack is not None else "single runs cannot test the fit"
+    if repeated and lack is None:
+        how = "three patch sizes cannot test the fit"
+    return "holds", f"The law holds here as far as these runs tell ({how}), and they determine L_inf.{rise}"
+
+
+def _chance(p: float) -> str:
+    return "under 0.001" if p < 1e-3 else f"{p:.2g}"

@@ -1,0 +1,168 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchscale.errors import UserError
+from patchscale.scaling import fit_law, score_coarse_to_fine
+
+PATCHES = np.array([16.0, 8, 4, 2, 1])
+L_INF, A, ALPHA = 0.8, 0.02, 1.0
+
+
+def losses(patch, noise, seed=0):
+    return L_INF + A * patch**ALPHA + np.random.default_rng(seed).normal(0, noise, len(patch))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0.05, 5), st.floats(1e-3, 1), st.floats(0.1, 2.5))
+def test_exact_points_give_the_constants_back(l_inf, a, alpha):
+    law = fit_law(PATCHES, l_inf + a * PATCHES**alpha, draws=0).law
+    assert law.L_inf == pytest.approx(l_inf, rel=1e-4, abs=1e-4)
+    assert (law.A, law.alpha) == pytest.approx((a, alpha), rel=1e-3)
+    assert law(0.5) == pytest.approx(l_inf + a * 0.5**alpha, rel=1e-4)
+
+
+def test_noisy_points_give_the_constants_within_their_intervals():
+    patch = np.repeat(PATCHES, 3)
+    fit = fit_law(patch, losses(patch, 0.003), confidence=0.99)
+    for name, truth in (("L_inf", L_INF), ("A", A), ("alpha", ALPHA)):
+        low, high = fit.law.intervals[name]
+        assert low < truth < high
+        assert low < getattr(fit.law, name) < high
+    assert fit.noise == pytest.approx(0.003, rel=0.5)
+    assert fit.verdict == "holds"
+    assert fit.best.name == "law"
+    assert sum(form.weight for form in fit.forms.values()) == pytest.approx(1)
+    assert abs(fit.law.held_out) < abs(fit.forms["power"].held_out) < abs(fit.forms["constant"].held_out)
+
+
+def test_nine_tenths_of_the_intervals_hold_the_truth():
+    patch = np.repeat(PATCHES, 3)
+    hits = dict.fromkeys(("L_inf", "A", "alpha", "curve", "runs"), 0)
+    draws = 500
+    for seed in range(draws):
+        fit = fit_law(patch, losses(patch, 0.006, seed), draws=200, seed=seed)
+        for name, truth in (("L_inf", L_INF), ("A", A), ("alpha", ALPHA)):
+            hits[name] += fit.law.intervals[name][0] <= truth <= fit.law.intervals[name][1]
+        curve, runs = fit.predict(0.5), fit.predict(0.5, runs=3)
+        hits["curve"] += curve.low <= L_INF + A * 0.5**ALPHA <= curve.high
+        hits["runs"] += runs.low <= losses(np.full(3, 0.5), 0.006, 10_000 + seed).mean() <= runs.high
+    for name, count in hits.items():
+        assert 0.85 <= count / draws <= 0.95, (name, count / draws)
+
+
+def test_tokens_and_flops_have_half_the_exponent():
+    patch = np.repeat(PATCHES, 3)
+    tokens = (64 / patch) ** 2
+    loss = losses(patch, 0.003)
+    by_patch, by_tokens = fit_law(patch, loss), fit_law(tokens, loss, axis="tokens")
+    by_flops = fit_law(1e9 * tokens, loss, axis="flops")
+    for other in (by_tokens, by_flops):
+        assert other.law.alpha == pytest.approx(-by_patch.law.alpha / 2, rel=1e-5)
+        assert other.law.L_inf == pytest.approx(by_patch.law.L_inf, rel=1e-6)
+        assert other.verdict == by_patch.verdict
+    mine, theirs = by_patch.predict([1, 0.5]), by_tokens.predict([4096, 16384])
+    for ours, same in zip(mine, theirs, strict=True):
+        assert ours == pytest.approx(same, rel=1e-3)
+
+
+def test_one_diverged_seed_does_not_bend_the_law():
+    patch = np.repeat(PATCHES, 3)
+    loss = losses(patch, 0.003)
+    before = fit_law(patch, loss)
+    loss[7] += 2.0
+    after = fit_law(patch, loss)
+    assert before.drawn_in == ()
+    assert after.drawn_in == (7,)
+    assert after.law.L_inf == pytest.approx(L_INF, abs=0.02)
+    assert after.predict(1).value == pytest.approx(before.predict(1).value, abs=0.01)
+
+
+def test_a_patch_that_departs_from_the_law_is_a_finding():
+    patch = np.repeat(PATCHES, 3)
+    loss = losses(patch, 0.003)
+    loss[patch == 1] += 0.2  # as on images of a few pixels, where patch 1 learns more slowly
+    fit = fit_law(patch, loss)
+    assert fit.drawn_in == ()
+    assert fit.verdict == "fails"
+    assert fit.lack_of_fit < 0.001
+    assert "does not hold" in fit.words
+    assert "rises" in fit.words
+
+
+def test_without_effect_the_law_is_not_claimed():
+    patch = np.repeat(PATCHES, 3)
+    verdicts = []
+    for seed in range(40):
+        loss = 1 + np.random.default_rng(seed).normal(0, 0.01, len(patch))
+        fit = fit_law(patch, loss, draws=100)
+        verdicts.append(fit.verdict)
+        assert fit.verdict != "holds" or "rises" not in fit.words
+    assert verdicts.count("fails") > 30
+    assert "holds" not in verdicts
+
+
+def test_a_power_law_does_not_determine_l_inf():
+    patch = np.repeat(PATCHES, 3)
+    fit = fit_law(patch, 0.5 * patch**0.05 + np.random.default_rng(0).normal(0, 0.003, 15), confidence=0.99)
+    assert fit.verdict == "undetermined"
+    assert "do not determine L_inf" in fit.words
+    assert fit.law.intervals["L_inf"][0] == pytest.approx(0, abs=1e-6)
+    assert fit.forms["power"].intervals["alpha"][0] < 0.05 < fit.forms["power"].intervals["alpha"][1]
+
+
+def test_as_many_runs_as_constants_leave_nothing_to_judge_by():
+    coarse = PATCHES[:3]
+    fit = fit_law(coarse, L_INF + A * coarse)
+    assert all(math.isnan(end) for end in fit.law.intervals["L_inf"])
+    assert fit.verdict == "undetermined"
+    assert math.isnan(fit.noise)
+    known = fit_law(coarse, L_INF + A * coarse, noise=0.005)
+    assert known.law.intervals["L_inf"][0] < L_INF < known.law.intervals["L_inf"][1]
+    assert known.predict(1, runs=1).high - known.predict(1, runs=1).low > 2 * 0.005
+
+
+def test_fine_patches_are_predicted_from_coarse():
+    patch = np.repeat(PATCHES, 3)
+    loss = losses(patch, 0.002)
+    two, one = score_coarse_to_fine(patch, loss)
+    assert (two.x, one.x, two.runs) == (2, 1, 3)
+    assert one.predicted == pytest.approx(L_INF + A, abs=0.03)
+    assert one.inside
+    assert not score_coarse_to_fine(patch, loss, form="constant")[1].inside
+
+
+@pytest.mark.parametrize(
+    ("x", "loss", "keywords", "words"),
+    [
+        ([16, 8], [1, 0.9], {}, "at 3 different patch sizes or more, not 8, 16"),
+        ([16, 8, 4], [1, 0.9], {}, r"shape \(3,\) and losses \(2,\)"),
+        ([], [], {}, "not none"),
+        ([16, 8, 0], [1, 0.9, 0.8], {}, "patch sizes: entry 2 is 0, expected above 0"),
+        ([16, 8, 4], [1, float("nan"), 0.8], {}, "losses: entry 1 is nan"),
+        ([16, 8, 4], [1, 0.9, float("inf")], {"axis": "tokens"}, "losses: entry 2 is inf"),
+        (["a", "b", "c"], [1, 2, 3], {}, "the law needs numbers"),
+        ([16, 8, 4], [1, 0.9, 0.8], {"axis": "size"}, "axis is 'size', expected one of patch, tokens, flops"),
+        ([16, 8, 4], [1, 0.9, 0.8], {"confidence": 90}, "confidence is 90, expected between 0 and 1"),
+        ([16, 8, 4], [1, 0.9, 0.8], {"noise": -1}, "noise is -1, expected a standard deviation above 0"),
+    ],
+)
+def test_bad_input_is_refused(x, loss, keywords, words):
+    with pytest.raises(UserError, match=words):
+        fit_law(x, loss, **keywords)
+
+
+def test_bad_places_to_predict_are_refused():
+    fit = fit_law(PATCHES, L_INF + A * PATCHES)
+    for x in (0, -1, float("nan"), [1, math.inf]):
+        with pytest.raises(UserError, match="give numbers above 0"):
+            fit.predict(x)
+    with pytest.raises(UserError, match="runs is 0"):
+        fit.predict(1, runs=0)
+    with pytest.raises(UserError, match="none at patch 16"):
+        score_coarse_to_fine(PATCHES[1:], PATCHES[1:])
+    with pytest.raises(UserError, match="none finer than patch 4"):
+        score_coarse_to_fine(PATCHES[:3], PATCHES[:3])
