@@ -337,6 +337,27 @@ def bench(kind: tyro.conf.Positional[Kind], options: tyro.conf.OmitArgPrefixes[O
     run(kind, options)
 
 
+def fit(
+    results: tyro.conf.Positional[str],
+    of: Literal["loss", "error"] = "loss",
+    axis: Literal["patch", "tokens", "flops"] = "patch",
+    confidence: float = 0.9,
+    coarse: tuple[int, ...] = (),
+) -> None:
+    """Fit the law of patch size to a study's results, and say how sure it is.
+
+    Args:
+        results: A file of results (.jsonl or .csv), or a study's folder; published for the papers' figures.
+        of: Test loss in nats, or top-1 error in percent.
+        axis: Over the patch's side in pixels, tokens, or the forward FLOPs of an image.
+        confidence: Of all intervals.
+        coarse: Patch sizes from which the finer ones are predicted; by default the three coarsest.
+    """
+    from patchscale.scaling.command import fit as run
+
+    run(results, of, axis, confidence, coarse, _out)
+
+
 def env() -> None:
     """Print versions, devices, and the implementation that each operator will use and why."""
     from importlib.metadata import version
@@ -373,6 +394,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "models": models,
     "convert": convert,
     "bench": bench,
+    "fit": fit,
     "env": env,
 }
 

@@ -95,6 +95,15 @@ class Form:
         low, high = _interval(drawn, self._confidence)
         return Prediction(value, low, high)
 
+    def predict_fall(self, start: float, end: float) -> Prediction:
+        """How much lower the curve is at ``end`` than at ``start``, with an interval."""
+        value = np.asarray(self(start) - self(end))
+        if not len(self._draws):
+            return Prediction(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
+        at_start, at_end = ((x / self._reference) ** self._draws[:, 2] for x in (start, end))
+        low, high = _interval(self._draws[:, 1] * (at_start - at_end), self._confidence)
+        return Prediction(value, low, high)
+
 
 @dataclass(frozen=True, eq=False)
 class LawFit:

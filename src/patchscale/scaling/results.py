@@ -64,8 +64,10 @@ class Cell:
     recipe: str = ""
     """Its name, where it has one."""
     control: str = "scale"
-    """scale: patches of this size. extend: patch 16's tokens interpolated to this many. Others as a study names them;
-    runs are compared with others of the same control alone."""
+    """scale: patches of this size. extend: a coarse patch's tokens interpolated to this many. length: the image shrinks
+    with the patch, at one number of tokens. Others as a study names them; the law is of scale alone."""
+    held: str = "epochs"
+    """What patch sizes are compared at: epochs, or flops (of the whole training)."""
     val_images: int | None = None
     ema_top1: float | None = None
     """Percent, of the weights' moving average."""
@@ -106,6 +108,7 @@ class Cell:
         return (
             self.study,
             self.control,
+            self.held,
             self.recipe,
             self.data,
             self.family,

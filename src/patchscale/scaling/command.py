@@ -1,0 +1,130 @@
+"""``patchscale fit``: the law of each series of a study in tables and words."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from patchscale.errors import UserError
+from patchscale.scaling.law import FORMULAS, Axis, LawFit, Scored
+from patchscale.scaling.published import ASSUMED_NOISE, fitted_panels, scored_accuracies
+from patchscale.scaling.results import read_results
+from patchscale.scaling.study import (
+    UNITS,
+    Quantity,
+    find_series,
+    fit_series,
+    group_cells,
+    outlook,
+    pareto,
+    score_series,
+    steps,
+)
+
+
+def fit(
+    results: str, of: Quantity, axis: Axis, confidence: float, coarse: Sequence[int] | None, console: Console
+) -> None:
+    """Print the fits of a file of results, or of the published figures where ``results`` is ``published``."""
+    if not console.is_terminal:
+        console.width = 120
+    if results == "published":
+        _print_published(console)
+        return
+    groups = group_cells(read_results(Path(results)))
+    every = [series for series in find_series(groups) if series.first.control == "scale"]
+    long_enough = [series for series in every if len(series.patches) >= 3]
+    if not long_enough:
+        most = max((len(series.patches) for series in every), default=0)
+        raise UserError(
+            f"{results} has runs at {most} patch size{'s' if most != 1 else ''} with all else equal, and the law needs "
+            "3 or more: run more of them"
+        )
+    for series in long_enough:
+        fitted = fit_series(series, of, axis, confidence)
+        console.print(f"\n[bold]{series.name}[/bold]", highlight=False)
+        console.print(_forms_table(fitted, of))
+        console.print(fitted.words, highlight=False)
+        for run in fitted.drawn_in:
+            console.print(f"A run at {axis} {fitted.x[run]:g} is far from its fellows, and was drawn in to them.")
+        used, scores = score_series(series, of, coarse, confidence)
+        if scores:
+            console.print(_scores_table(f"predicted from patch {', '.join(map(str, used))}", {"": scores}, confidence))
+        elif coarse:
+            raise UserError(f"--coarse {' '.join(map(str, used))}: needs 3 of {series.patches}, and a finer one left")
+        for step in steps(series, groups, confidence):
+            console.print(str(step), highlight=False)
+        if series.patches[-1] > 1:
+            patch = max(series.patches[-1] // 2, 1)
+            console.print(outlook(series, patch, confidence), highlight=False)
+    marked = pareto([group.flops for group in groups], [group.top1.value for group in groups])
+    frontier = Table(
+        "training FLOPs", "top-1 %", "patch", "width", "image", title="\nno other run is cheaper and better"
+    )
+    for group in sorted((g for g, best in zip(groups, marked, strict=True) if best), key=lambda g: g.flops):
+        cell = group.first
+        row = (f"{group.flops:.2e}", f"{group.top1.value:.1f}", cell.patch_size, cell.width, f"{cell.img_size} px")
+        frontier.add_row(*map(str, row))
+    console.print(frontier)
+
+
+def _forms_table(fitted: LawFit, of: str) -> Table:
+    x = {"patch": "p", "tokens": "N", "flops": "C"}[fitted.axis]
+    table = Table(
+        "form", "L_inf", "A", "alpha", "AICc weight", "finest held out", title=f"{UNITS[of]} by {fitted.axis}"
+    )
+    for name, form in fitted.forms.items():
+        cells = [
+            f"{getattr(form, constant):.3g} ({low:.3g} to {high:.3g})" if not math.isnan(low) else f"{value:.3g} (?)"
+            for constant, (low, high) in form.intervals.items()
+            for value in (getattr(form, constant),)
+        ]
+        if name != "law":
+            cells[0 if name == "power" else 1] = ""
+        if name == "constant":
+            cells[2] = ""
+        weight = "too few runs" if math.isnan(form.weight) else f"{form.weight:.2f}"
+        held_out = "" if form.held_out is None else f"{form.held_out:+.3f}"
+        table.add_row(FORMULAS[name].replace("x", x), *cells, weight, held_out)
+    table.caption = f"in brackets: {fitted.confidence:.0%} intervals; held out: predicted less found"
+    return table
+
+
+def _scores_table(title: str, scores: dict[str, list[Scored]], confidence: float) -> Table:
+    table = Table("", "patch", "predicted", f"{confidence:.0%} interval", "found", "", title=title)
+    for name, series in scores.items():
+        for score in series:
+            interval = "none" if math.isnan(score.low) else f"{score.low:.3g} to {score.high:.3g}"
+            inside = "" if math.isnan(score.low) else "inside" if score.inside else "outside"
+            table.add_row(name, f"{score.x:g}", f"{score.predicted:.3g}", interval, f"{score.found:.3g}", inside)
+    return table
+
+
+def _print_published(console: Console) -> None:
+    console.print("Published figures, read off arXiv 2502.03738; single runs, none of them ours.", highlight=False)
+    table = Table("panel", "L_inf", "alpha", "alpha of the figure's axes", "power law's", "verdict")
+    for panel in fitted_panels():
+        law = panel.fit.law
+        ends = {name: f"{low:.2f} to {high:.2f}" for name, (low, high) in law.intervals.items()}
+        table.add_row(
+            panel.name,
+            f"{law.L_inf:.3f} ({ends['L_inf']})",
+            f"{law.alpha:.2f} ({ends['alpha']})",
+            f"{panel.plotted_alpha:g}",
+            f"{panel.fit.forms['power'].alpha:.3f}",
+            panel.fit.verdict,
+        )
+    console.print(table)
+    title = f"top-1 error in percent, predicted from patch 16, 8, 4 (runs assumed to scatter by {ASSUMED_NOISE})"
+    scores = dict(scored_accuracies())
+    console.print(_scores_table(title, scores, 0.9))
+    every = [score for series in scores.values() for score in series]
+    inside = sum(score.inside for score in every)
+    off = sum(abs(score.predicted - score.found) for score in every) / len(every)
+    console.print(
+        f"{inside} of {len(every)} lie in their interval; the predictions are off by {off:.2f} points in the mean. The "
+        "intervals hold a run's scatter alone, not that the law itself is inexact.",
+        highlight=False,
+    )
