@@ -129,7 +129,7 @@ def test_the_class_entry_is_kept(class_token, assert_near):
         resized = resize_pos_embed(torch.cat([grid, entry], dim=1), (3, 4), (6, 5))
         patches, kept = resized[:, :-1], resized[:, -1:]
     else:
-        resized = resize_pos_embed(torch.cat([entry, grid], dim=1), (3, 4), (6, 5), class_token="first")
+        resized = resize_pos_embed(torch.cat([entry, grid], dim=1), (3, 4), (6, 5), 1, 0)
         patches, kept = resized[:, 1:], resized[:, :1]
     assert torch.equal(kept, entry)
     assert_near(patches, expected, 1e-6)

@@ -9,29 +9,28 @@ Parameter names are those of the published checkpoints. The models are registere
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
 )
 from timm.models._features import feature_take_indices
-from timm.models._input import get_pretrained_grid_size, update_model_input_size
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from patchscale.errors import UserError
+from patchscale.models.backbone import Backbone, check_choice
 from patchscale.models.block import CONV_WIDTH, NORM_EPS, Block
 from patchscale.models.published import DEFAULT_IMG_SIZE, IMG_SIZES, PATCH_SIZES, PUBLISHED, SIZES, evaluation_crop
-from patchscale.models.tokens import PatchEmbed, Size, fit_tokens, grid_size, resize_pos_embed
-from patchscale.models.weight_files import download, fill, read_checkpoint
+from patchscale.models.tokens import PatchEmbed, Size, grid_size
+from patchscale.models.weight_files import download, fit_for_timm
 from patchscale.ops.sequence_parallel import SequenceGroup
 
 Flip = Literal["alternate", "pairs", "released"]
@@ -44,11 +43,9 @@ FLIP_RULES: dict[Flip, Callable[[int], bool]] = {
     "released": lambda n: n // 2 == 1,
 }
 GLOBAL_POOLS = ("token", "avg", "")
-# What a linear layer runs.
-_PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 
 
-class Adventurer(nn.Module):
+class Adventurer(Backbone):
     """The Adventurer backbone and classifier, with timm's model contract.
 
     Tokens are the patches in reading order, then the class token, *last*: ``num_prefix_tokens`` is 0. The state dict
@@ -71,6 +68,8 @@ class Adventurer(nn.Module):
         drop_path_rate: stochastic depth. As published, block i of n drops with
             ``([0] + linspace(0, drop_path_rate, n))[i]``, so the full rate is never reached.
         dynamic_img_size: accept any image that the patch divides, resampling positions on the fly.
+        pos_grid: rows and columns of the position table, or one number; the patches' own if None. A model that is to be
+            called at several patch sizes keeps its positions best on the finest of the grids.
         sequence_group: processes to cut the tokens of an image over; see :meth:`set_sequence_group`.
 
     Raises:
@@ -93,6 +92,7 @@ class Adventurer(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         dynamic_img_size: bool = False,
+        pos_grid: Size | None = None,
         sequence_group: ProcessGroup | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -101,8 +101,8 @@ class Adventurer(nn.Module):
         for name, value in {"embed_dim": embed_dim, "depth": depth, "in_chans": in_chans}.items():
             if value < 1:
                 raise UserError(f"{name} is {value}, expected at least 1")
-        _check_choice("flip", flip, FLIP_RULES)
-        _check_choice("global_pool", global_pool, GLOBAL_POOLS)
+        check_choice("flip", flip, FLIP_RULES)
+        check_choice("global_pool", global_pool, GLOBAL_POOLS)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -112,11 +112,10 @@ class Adventurer(nn.Module):
         self.global_pool = global_pool
         self.flip = flip
         self.dynamic_img_size = dynamic_img_size
-        self.set_grad_checkpointing(False)
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
-        patches = math.prod(grid_size(img_size, patch_size))
-        self.pos_embed = nn.Parameter(torch.empty(1, patches + 1, embed_dim, **dd))
+        self.pos_grid = grid_size(img_size, patch_size) if pos_grid is None else to_2tuple(pos_grid)
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.pos_grid) + 1, embed_dim, **dd))
         self.patch_embed = PatchEmbed(
             img_size,
             patch_size,
@@ -169,17 +168,13 @@ class Adventurer(nn.Module):
                 nn.init.zeros_(linear.get_parameter("bias"))
         _init_head(self.head)
 
-    def load_pretrained(self, path: str) -> None:
-        """Fill the model from a published file; timm calls this. A head of other classes keeps its own weights."""
-        fill(self, read_checkpoint(path), strict=False)
-
     def set_flip(self, flip: Flip) -> None:
         """Change the rule by which blocks scan from the right.
 
         Raises:
             UserError: an unknown rule.
         """
-        _check_choice("flip", flip, FLIP_RULES)
+        check_choice("flip", flip, FLIP_RULES)
         self.flip = flip
         for i, block in enumerate(self.layers):
             block.mixer.reverse = FLIP_RULES[flip](i)
@@ -217,15 +212,6 @@ class Adventurer(nn.Module):
             "blocks": r"^layers\.(\d+)",
         }
 
-    def set_grad_checkpointing(self, enable: bool = True, keep_products: bool = False) -> None:
-        """Recompute each block in the backward pass instead of storing what it computed.
-
-        Args:
-            enable: or store everything again.
-            keep_products: store what the linear layers computed, most of the arithmetic, and recompute the rest.
-        """
-        self.grad_checkpointing, self.keep_products = enable, keep_products
-
     def get_classifier(self) -> nn.Module:
         """The head."""
         return self.head
@@ -237,7 +223,7 @@ class Adventurer(nn.Module):
             UserError: an unknown ``global_pool``.
         """
         if global_pool is not None:
-            _check_choice("global_pool", global_pool, GLOBAL_POOLS)
+            check_choice("global_pool", global_pool, GLOBAL_POOLS)
             self.global_pool = global_pool
         self.num_classes = num_classes
         dd: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
@@ -245,62 +231,32 @@ class Adventurer(nn.Module):
         _init_head(self.head)
         self.head.train(self.training)
 
-    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
-        """Change the image size and the patch size of the model, weights included.
+    def trunk(self) -> tuple[nn.Sequential, nn.Module]:
+        """The blocks, and the norm after the last one."""
+        return self.layers, self.norm_f
 
-        The patch embedding is resized by pseudo-inverse, positions by bicubic resampling, the class entry kept.
-
-        Raises:
-            UserError: the patch does not divide the image.
-        """
-        old_grid = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(img_size, patch_size)
-        resized = resize_pos_embed(self.pos_embed.data, old_grid, self.patch_embed.grid_size)
-        self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
-        for info in self.feature_info:
-            info["reduction"] = max(self.patch_embed.patch_size)
-        update_model_input_size(self, self.patch_embed.img_size, patch_size=self.patch_embed.patch_size)
-
-    def _embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor, patch_size: Size | None = None) -> Tensor:
         """(batch, channels, height, width) -> (batch, patches + 1, embed_dim), with positions."""
         if self.sequence_group is not None:
-            tokens, positions = self._embed_slice(x, self.sequence_group)
+            tokens, positions = self._embed_slice(x, self.sequence_group, patch_size)
         else:
-            rows_and_columns = self.patch_embed(x)
+            rows_and_columns = self.patch_embed(x, patch_size)
             tokens = rows_and_columns.flatten(1, 2)
-            positions = self._positions(rows_and_columns.shape[1:3])
+            positions = self.positions_on(rows_and_columns.shape[1:3], tokens)
         return torch.cat([tokens, self.cls_token.expand(tokens.shape[0], -1, -1)], dim=1) + positions
 
-    def _embed_slice(self, x: Tensor, group: SequenceGroup) -> tuple[Tensor, Tensor]:
+    def _embed_slice(self, x: Tensor, group: SequenceGroup, patch_size: Size | None) -> tuple[Tensor, Tensor]:
         """This process's patches, (batch, patches, embed_dim), and their positions with that of the class token."""
         group.require_alike(x)
-        grid = rows, columns = grid_size((x.shape[-2], x.shape[-1]), self.patch_embed.patch_size)
+        grid = rows, columns = grid_size((x.shape[-2], x.shape[-1]), patch_size or self.patch_embed.patch_size)
         own = group.slice_of(rows * columns, least=CONV_WIDTH - 1)
         first = own.start // columns
-        tokens = self.patch_embed(x, slice(first, -(-own.stop // columns))).flatten(1, 2)
-        positions = self._positions(grid)
+        tokens = self.patch_embed(x, patch_size, slice(first, -(-own.stop // columns))).flatten(1, 2)
+        positions: Any = self.positions_on(grid, tokens)
         return (
             tokens[:, own.start - first * columns : own.stop - first * columns],
             torch.cat([positions[:, own], positions[:, -1:]], dim=1),
         )
-
-    def _positions(self, grid: Sequence[int]) -> Tensor:
-        if not self.dynamic_img_size:
-            return self.pos_embed
-        return resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, (grid[0], grid[1]))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(batch, channels, height, width) -> (batch, patches + 1, embed_dim), normed, the class token last."""
-        x = self._embed(x)
-        for block in self.layers:
-            x = self._run(block, x)
-        return self.norm_f(x)
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        if not self.grad_checkpointing:
-            return block(x)
-        keep = partial(create_selective_checkpoint_contexts, _PRODUCTS) if self.keep_products else noop_context_fn
-        return checkpoint(block, x, use_reentrant=False, context_fn=keep)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool what ``forward_features`` gave and classify it; ``pre_logits`` stops before the classifier."""
@@ -317,83 +273,15 @@ class Adventurer(nn.Module):
         total, count = self.sequence_group.sum_and_count(patches)
         return (total / count).to(patches.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, height, width) -> (batch, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-    ) -> Any:
-        """The patch tokens after chosen blocks, for dense prediction; timm's contract.
-
-        Args:
-            x: (batch, channels, height, width).
-            indices: the last n blocks if a number, these blocks if a list, all if None.
-            return_prefix_tokens: give (patches, class token) pairs, the class token as (batch, 1, embed_dim). timm's
-                word; here the class token is the sequence's suffix.
-            norm: apply the final norm to each.
-            stop_early: do not run the blocks after the last one asked for.
-            output_fmt: ``"NCHW"``, (batch, embed_dim, rows, columns), or ``"NLC"``, (batch, patches, embed_dim).
-            intermediates_only: leave out the final features.
-            output_dict: give ``image_features``, ``image_intermediates`` and ``image_intermediates_prefix``.
-
-        Returns:
-            (final features as ``forward_features`` gives them, intermediates), unless asked otherwise.
+    def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **options: Any) -> Any:
+        """As :meth:`Backbone.forward_intermediates`.
 
         Raises:
-            UserError: an unknown ``output_fmt``, or ``"NCHW"`` of a slice of the patches.
+            UserError: also for a map (``"NCHW"``) of a slice of the patches.
         """
-        _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         if self.sequence_group is not None and output_fmt == "NCHW":
             raise UserError("the patches are cut over a sequence_group and make no map here: ask for output_fmt='NLC'")
-        take, last = feature_take_indices(len(self.layers), indices)
-        rows, columns = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        x = self._embed(x)
-        taken = []
-        for i, block in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = self._run(block, x)
-            if i in take:
-                taken.append(self.norm_f(x) if norm else x)
-
-        class_tokens = [t[:, -1:] for t in taken]
-        patches = [t[:, :-1] for t in taken]
-        if output_fmt == "NCHW":
-            patches = [p.transpose(1, 2).unflatten(2, (rows, columns)).contiguous() for p in patches]
-        if output_dict:
-            result: dict[str, Any] = {"image_intermediates": patches}
-            if return_prefix_tokens:
-                result["image_intermediates_prefix"] = class_tokens
-            if not intermediates_only:
-                result["image_features"] = self.norm_f(x)
-            return result
-        intermediates = list(zip(patches, class_tokens, strict=True)) if return_prefix_tokens else patches
-        return intermediates if intermediates_only else (self.norm_f(x), intermediates)
-
-    def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | list[int] | tuple[int, ...] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-    ) -> list[Tensor]:
-        """DINO's interface to :meth:`forward_intermediates`."""
-        return self.forward_intermediates(
-            x,
-            n if isinstance(n, int) else list(n),
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            output_fmt="NCHW" if reshape else "NLC",
-            intermediates_only=True,
-        )
+        return super().forward_intermediates(x, *args, output_fmt=output_fmt, **options)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -406,11 +294,6 @@ class Adventurer(nn.Module):
         if prune_head:
             self.reset_classifier(0, "")
         return take
-
-
-def _check_choice(name: str, value: str, choices) -> None:
-    if value not in choices:
-        raise UserError(f"{name} is {value!r}, expected one of {', '.join(repr(c) for c in choices)}")
 
 
 def _init_head(head: nn.Module) -> None:
@@ -457,7 +340,7 @@ def _register(name: str, size: str, patch_size: int, img_size: int, published_na
             Adventurer,
             name,
             pretrained,
-            pretrained_filter_fn=_checkpoint_filter_fn,
+            pretrained_filter_fn=fit_for_timm,
             feature_cfg={"out_indices": 3, "feature_cls": "getter"},
             **(arguments | {k: v for k, v in kwargs.items() if v is not None}),
         )
@@ -477,14 +360,6 @@ def _download_published(name: str, published_name: str, cache_dir: str | None) -
             f"pretrained=False. Published: {names}"
         )
     return download(repository, f"{published_name}.pth", cache_dir)
-
-
-def _checkpoint_filter_fn(weights: dict[str, Tensor], model: Adventurer) -> dict[str, Tensor]:
-    """What timm calls on weights it has read itself (``hf-hub:`` and ``local-dir:`` models)."""
-    weights = dict(weights.get("model", weights))  # a published file, given as pretrained_cfg_overlay={"file": ...}
-    patches = weights["pos_embed"].shape[1] - 1 if "pos_embed" in weights else 0
-    fit_tokens(model, weights, get_pretrained_grid_size(model, weights.get("patch_embed.proj.weight"), patches))
-    return weights
 
 
 def _register_all() -> None:

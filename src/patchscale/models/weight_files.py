@@ -13,11 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 import safetensors
 import torch
+from timm.layers import to_2tuple
 from timm.models._hub import download_cached_file
+from timm.models._input import get_pretrained_grid_size
 from torch import Tensor, nn
 
 from patchscale.errors import UserError, first_line
-from patchscale.models.tokens import Resize, fit_tokens, grid_size, square_side
+from patchscale.models.tokens import Resize, fit_tokens, grid_size, position_entries, square_side
 
 Which = Literal["model", "ema"]
 
@@ -44,10 +46,13 @@ class Checkpoint(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """The (rows, columns) of patches, None if the file does not tell."""
+        """The (rows, columns) of patches that have positions, None if the file does not tell."""
         config = self.extra.get("model_args")
         if isinstance(config, dict) and {"img_size", "patch_size"} <= config.keys():
             try:
+                if config.get("pos_grid") is not None:
+                    rows, columns = to_2tuple(config["pos_grid"])
+                    return rows, columns
                 return grid_size(config["img_size"], config["patch_size"])
             except (TypeError, ValueError) as e:
                 raise UserError(f"{self.path} records sizes that make no grid: {first_line(e)}") from e
@@ -55,7 +60,7 @@ class Checkpoint(NamedTuple):
         positions = self.weights.get("pos_embed")
         if positions is None or not isinstance(self.extra.get("args"), argparse.Namespace):
             return None
-        side = square_side(positions.shape[1] - 1)
+        side = square_side(positions.shape[1] - sum(name in self.weights for name in ("cls_token", "dist_token")))
         return side, side
 
     @property
@@ -123,6 +128,17 @@ def fill(model: nn.Module, checkpoint: Checkpoint, strict: bool = True, resize: 
         raise UserError(f"{checkpoint.path} does not fit the model: {problems[0]}{more}; {way_out}")
     model.load_state_dict(weights, strict=False)
     return resized
+
+
+def fit_for_timm(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """What timm calls on weights it has read itself (``hf-hub:`` and ``local-dir:`` models)."""
+    weights = dict(weights.get("model", weights))  # a published file, given as pretrained_cfg_overlay={"file": ...}
+    patches = weights["pos_embed"].shape[1] - sum(position_entries(model)) if "pos_embed" in weights else 0
+    grid = getattr(model, "pretrained_model_args", {}).get("pos_grid")
+    if grid is None:
+        grid = get_pretrained_grid_size(model, weights.get("patch_embed.proj.weight"), patches)
+    fit_tokens(model, weights, None if grid is None else tuple(grid))
+    return weights
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

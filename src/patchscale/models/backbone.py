@@ -1,0 +1,248 @@
+"""What the families share: one way from an image to tokens, and from tokens to maps, at any image and patch size."""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_args, update_model_input_size
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+
+from patchscale.errors import UserError
+from patchscale.models.tokens import (
+    PatchEmbed,
+    Size,
+    grid_size,
+    position_entries,
+    resize_pos_embed,
+    sincos_positions,
+)
+from patchscale.models.weight_files import fill, read_checkpoint
+
+Positions = Literal["learn", "sincos", "none"]
+
+# What a linear layer runs.
+_PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+
+class Backbone(nn.Module):
+    """timm's model contract over patches and a class token at either end, at any image and patch size.
+
+    A family gives the attributes below, ``embed`` and ``trunk``, ``forward_head``, and how it starts and is pruned.
+
+    Attributes:
+        patch_embed: image to patches.
+        pos_embed: the learned position table, (1, entries, embed_dim); None where positions are not learned.
+        pos_grid: (rows, columns) of the patches in that table. Usually the patches' own; where it is another, positions
+            are resampled in every pass.
+        positions: how tokens know their place.
+        num_prefix_tokens: tokens before the patches.
+        num_suffix_tokens: tokens after them.
+        grad_checkpointing: whether blocks are recomputed in the backward pass.
+        keep_products: whether the results of linear layers are kept then.
+    """
+
+    patch_embed: PatchEmbed
+    pos_embed: nn.Parameter | None
+    pos_grid: tuple[int, int]
+    positions: Positions = "learn"
+    num_prefix_tokens: int = 0
+    num_suffix_tokens: int = 0
+    embed_dim: int
+    feature_info: list[dict[str, Any]]
+    grad_checkpointing: bool = False
+    keep_products: bool = False
+
+    def embed(self, x: Tensor, patch_size: Size | None = None) -> Tensor:
+        """(batch, channels, height, width) -> (batch, tokens, embed_dim): what enters the first block."""
+        raise NotImplementedError
+
+    def trunk(self) -> tuple[nn.Sequential, nn.Module]:
+        """The blocks, and the norm after the last one."""
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool what ``forward_features`` gave and classify it; ``pre_logits`` stops before the classifier."""
+        raise NotImplementedError
+
+    def load_pretrained(self, path: str) -> None:
+        """Fill the model from a published file; timm calls this. A head of other classes keeps its own weights."""
+        fill(self, read_checkpoint(path), strict=False)
+
+    def set_grad_checkpointing(self, enable: bool = True, keep_products: bool = False) -> None:
+        """Recompute each block in the backward pass instead of storing what it computed.
+
+        Args:
+            enable: or store everything again.
+            keep_products: store what the linear layers computed, most of the arithmetic, and recompute the rest.
+        """
+        self.grad_checkpointing, self.keep_products = enable, keep_products
+
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+        """Change the image size and the patch size of the model, weights included.
+
+        The patch embedding is resized by pseudo-inverse, learned positions by bicubic resampling, the entry of the
+        class token kept. Fixed positions stay on the map they were on.
+
+        Raises:
+            UserError: the patch does not divide the image.
+        """
+        self.patch_embed.set_input_size(img_size, patch_size)
+        grid = self.patch_embed.grid_size
+        if self.pos_embed is not None:
+            resized = resize_pos_embed(self.pos_embed.data, self.pos_grid, grid, *position_entries(self))
+            self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+            self.pos_grid = grid
+        for info in self.feature_info:
+            info["reduction"] = max(self.patch_embed.patch_size)
+        update_model_input_size(self, self.patch_embed.img_size, patch_size=self.patch_embed.patch_size)
+        update_model_args(self, pos_grid=None if self.pos_grid == grid else self.pos_grid)
+
+    def forward_features(self, x: Tensor, patch_size: Size | None = None) -> Tensor:
+        """(batch, channels, height, width) -> (batch, tokens, embed_dim), normed, the class token at its end."""
+        x = self.embed(x, patch_size)
+        blocks, norm = self.trunk()
+        for block in blocks:
+            x = self._run(block, x)
+        return norm(x)
+
+    def forward(self, x: Tensor, patch_size: Size | None = None) -> Tensor:
+        """Classify images.
+
+        Args:
+            x: (batch, channels, height, width).
+            patch_size: size of the patches in this pass, where not the one that the model stores: the patch embedding
+                is resized on the fly, and positions are resampled. One set of weights so serves, and learns at, any
+                patch size (FlexiViT, arXiv 2212.08013).
+
+        Returns:
+            (batch, num_classes).
+
+        Raises:
+            UserError: the patch does not divide the image, or the model takes other images.
+        """
+        return self.forward_head(self.forward_features(x, patch_size))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        patch_size: Size | None = None,
+    ) -> Any:
+        """The patch tokens after chosen blocks, for dense prediction; timm's contract.
+
+        Args:
+            x: (batch, channels, height, width).
+            indices: the last n blocks if a number, these blocks if a list, all if None.
+            return_prefix_tokens: give (patches, class token) pairs, the class token as (batch, 1, embed_dim). timm's
+                word, whichever end of the sequence it stands at.
+            norm: apply the final norm to each.
+            stop_early: do not run the blocks after the last one asked for.
+            output_fmt: ``"NCHW"``, (batch, embed_dim, rows, columns), or ``"NLC"``, (batch, patches, embed_dim).
+            intermediates_only: leave out the final features.
+            output_dict: give ``image_features``, ``image_intermediates`` and ``image_intermediates_prefix``.
+            patch_size: as in :meth:`forward`.
+
+        Returns:
+            (final features as ``forward_features`` gives them, intermediates), unless asked otherwise.
+
+        Raises:
+            UserError: an unknown ``output_fmt``, or sizes that do not fit.
+        """
+        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        blocks, last_norm = self.trunk()
+        take, last = feature_take_indices(len(blocks), indices)
+        grid = grid_size((x.shape[-2], x.shape[-1]), patch_size or self.patch_embed.patch_size)
+        x = self.embed(x, patch_size)
+        taken = []
+        for i, block in enumerate(blocks[: last + 1] if stop_early else blocks):
+            x = self._run(block, x)
+            if i in take:
+                taken.append(last_norm(x) if norm else x)
+
+        parts = [self.split_tokens(t) for t in taken]
+        patches = [p for p, _ in parts]
+        others = [o for _, o in parts]
+        return_prefix_tokens &= self.num_prefix_tokens + self.num_suffix_tokens > 0
+        if output_fmt == "NCHW":
+            patches = [p.transpose(1, 2).unflatten(2, grid).contiguous() for p in patches]
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": patches}
+            if return_prefix_tokens:
+                result["image_intermediates_prefix"] = others
+            if not intermediates_only:
+                result["image_features"] = last_norm(x)
+            return result
+        intermediates = list(zip(patches, others, strict=True)) if return_prefix_tokens else patches
+        return intermediates if intermediates_only else (last_norm(x), intermediates)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | list[int] | tuple[int, ...] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Tensor]:
+        """DINO's interface to :meth:`forward_intermediates`."""
+        return self.forward_intermediates(
+            x,
+            n if isinstance(n, int) else list(n),
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
+
+    def split_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, tokens, embed_dim) -> the patches, and the class token and its like, whichever end it stands at."""
+        first, last = self.num_prefix_tokens, x.shape[1] - self.num_suffix_tokens
+        return x[:, first:last], x[:, :first] if first else x[:, last:]
+
+    def positions_on(self, grid: Any, like: Tensor) -> Tensor | None:
+        """Positions of a grid of patches and of the other tokens that have any; None for a model without positions.
+
+        Args:
+            grid: (rows, columns).
+            like: gives device and dtype.
+
+        Returns:
+            (1, entries, embed_dim).
+        """
+        if self.positions == "none":
+            return None
+        return _positions_on(self.pos_embed, grid, self.pos_grid, *position_entries(self), like)
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if not self.grad_checkpointing:
+            return block(x)
+        keep = partial(create_selective_checkpoint_contexts, _PRODUCTS) if self.keep_products else noop_context_fn
+        return checkpoint(block, x, use_reentrant=False, context_fn=keep)
+
+
+@torch.fx.wrap  # a graph of the model holds this as one node, and asks for the grid of each image
+def _positions_on(
+    pos_embed: Tensor | None, grid: Any, table_grid: tuple[int, int], before: int, after: int, like: Tensor
+) -> Tensor:
+    rows, columns = int(grid[0]), int(grid[1])
+    if pos_embed is not None:
+        return resize_pos_embed(pos_embed, table_grid, (rows, columns), before, after)
+    fixed = sincos_positions((rows, columns), like.shape[-1], table_grid, like.device, like.dtype)
+    return torch.nn.functional.pad(fixed, (0, 0, before, after))  # other tokens stand nowhere
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Refuse what is none of the choices.
+
+    Raises:
+        UserError: naming them.
+    """
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}, expected one of {', '.join(repr(c) for c in choices)}")
