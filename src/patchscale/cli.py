@@ -288,26 +288,27 @@ def models(pattern: tyro.conf.Positional[str] = "*_224") -> None:
     """List the models, with published accuracies.
 
     Args:
-        pattern: Names to list, such as '*' (all), '*tiny*', 'adventurer_base_patch1_*'.
+        pattern: Names to list, such as '*' (all), '*tiny*', 'deit_base_patch1_*'.
     """
     import fnmatch
 
-    from patchscale.models.published import IMG_SIZES, PATCH_SIZES, SIZES, num_parameters, published_top1
+    from patchscale.models.published import FAMILIES, published_top1
 
     table = Table("model", "tokens", "parameters (M)", "published top-1 %")
     for column in table.columns[1:]:
         column.justify = "right"
-    for size, shape in SIZES.items():
-        for patch in PATCH_SIZES:
-            for img in IMG_SIZES:
-                name = f"adventurer_{size}_patch{patch}_{img}"
-                if fnmatch.fnmatch(name, pattern):
-                    top1 = published_top1(name)
-                    parameters = num_parameters(**shape, patch_size=patch, img_size=img) / 1e6
-                    tokens = (img // patch) ** 2 + 1
-                    table.add_row(name, f"{tokens:,}", f"{parameters:.1f}", "" if top1 is None else f"{top1:.1f}")
+    for family in FAMILIES:
+        for size, patch, img, name in family.names():
+            if name.endswith(f"_{img}") and fnmatch.fnmatch(name, pattern):
+                top1 = published_top1(name)
+                parameters = family.count(**family.sizes[size], patch_size=patch, img_size=img) / 1e6
+                tokens = (img // patch) ** 2 + 1
+                table.add_row(name, f"{tokens:,}", f"{parameters:.1f}", "" if top1 is None else f"{top1:.1f}")
     if not table.rows:
-        raise UserError(f"no model matches {pattern!r}; names look like adventurer_base_patch16_224")
+        raise UserError(
+            f"no model matches {pattern!r}; names look like adventurer_base_patch16_224, deit_base_patch4_64 or "
+            "pixel_transformer_tiny_patch1_32"
+        )
     _out.print(table)
 
 

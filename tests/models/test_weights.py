@@ -55,8 +55,8 @@ def test_sizes_are_read_off_the_tensors(arguments):
 
 
 def test_weights_of_another_model_are_refused():
-    with pytest.raises(UserError, match="not an Adventurer's"):
-        infer_model_args(timm.create_model("vit_tiny_patch16_224", depth=1).state_dict())
+    with pytest.raises(UserError, match="neither an Adventurer's nor a vision transformer's"):
+        infer_model_args(timm.create_model("resnet18").state_dict())
     with pytest.raises(UserError, match="12 patches"):
         infer_model_args(small(img_size=(12, 16)).state_dict())
 

@@ -231,6 +231,11 @@ class Adventurer(Backbone):
         _init_head(self.head)
         self.head.train(self.training)
 
+    @property
+    def holds_whole_images(self) -> bool:
+        """Whether all patches of an image are in this process."""
+        return self.sequence_group is None
+
     def trunk(self) -> tuple[nn.Sequential, nn.Module]:
         """The blocks, and the norm after the last one."""
         return self.layers, self.norm_f
@@ -252,7 +257,7 @@ class Adventurer(Backbone):
         own = group.slice_of(rows * columns, least=CONV_WIDTH - 1)
         first = own.start // columns
         tokens = self.patch_embed(x, patch_size, slice(first, -(-own.stop // columns))).flatten(1, 2)
-        positions: Any = self.positions_on(grid, tokens)
+        positions = self.positions_on(grid, tokens)
         return (
             tokens[:, own.start - first * columns : own.stop - first * columns],
             torch.cat([positions[:, own], positions[:, -1:]], dim=1),
@@ -272,16 +277,6 @@ class Adventurer(Backbone):
             return patches.mean(dim=1)
         total, count = self.sequence_group.sum_and_count(patches)
         return (total / count).to(patches.dtype)
-
-    def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **options: Any) -> Any:
-        """As :meth:`Backbone.forward_intermediates`.
-
-        Raises:
-            UserError: also for a map (``"NCHW"``) of a slice of the patches.
-        """
-        if self.sequence_group is not None and output_fmt == "NCHW":
-            raise UserError("the patches are cut over a sequence_group and make no map here: ask for output_fmt='NLC'")
-        return super().forward_intermediates(x, *args, output_fmt=output_fmt, **options)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -1,5 +1,6 @@
 """What the families share: one way from an image to tokens, and from tokens to maps, at any image and patch size."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ _PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 class Backbone(nn.Module):
     """timm's model contract over patches and a class token at either end, at any image and patch size.
 
-    A family gives the attributes below, ``embed`` and ``trunk``, ``forward_head``, and how it starts and is pruned.
+    A family gives the attributes below, ``embed``, ``trunk`` and ``forward_head``, and how it starts and is pruned.
 
     Attributes:
         patch_embed: image to patches.
@@ -44,13 +45,14 @@ class Backbone(nn.Module):
     """
 
     patch_embed: PatchEmbed
-    pos_embed: nn.Parameter | None
+    pos_embed: Any
     pos_grid: tuple[int, int]
     positions: Positions = "learn"
     num_prefix_tokens: int = 0
     num_suffix_tokens: int = 0
     embed_dim: int
     feature_info: list[dict[str, Any]]
+    forward_head: Callable[..., Tensor]
     grad_checkpointing: bool = False
     keep_products: bool = False
 
@@ -60,10 +62,6 @@ class Backbone(nn.Module):
 
     def trunk(self) -> tuple[nn.Sequential, nn.Module]:
         """The blocks, and the norm after the last one."""
-        raise NotImplementedError
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool what ``forward_features`` gave and classify it; ``pre_logits`` stops before the classifier."""
         raise NotImplementedError
 
     def load_pretrained(self, path: str) -> None:
@@ -154,9 +152,11 @@ class Backbone(nn.Module):
             (final features as ``forward_features`` gives them, intermediates), unless asked otherwise.
 
         Raises:
-            UserError: an unknown ``output_fmt``, or sizes that do not fit.
+            UserError: an unknown ``output_fmt``, ``"NCHW"`` of a slice of the patches, or sizes that do not fit.
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        if output_fmt == "NCHW" and not self.holds_whole_images:
+            raise UserError("the patches are cut over a sequence_group and make no map here: ask for output_fmt='NLC'")
         blocks, last_norm = self.trunk()
         take, last = feature_take_indices(len(blocks), indices)
         grid = grid_size((x.shape[-2], x.shape[-1]), patch_size or self.patch_embed.patch_size)
@@ -206,7 +206,12 @@ class Backbone(nn.Module):
         first, last = self.num_prefix_tokens, x.shape[1] - self.num_suffix_tokens
         return x[:, first:last], x[:, :first] if first else x[:, last:]
 
-    def positions_on(self, grid: Any, like: Tensor) -> Tensor | None:
+    @property
+    def holds_whole_images(self) -> bool:
+        """Whether all patches of an image are in this process."""
+        return True
+
+    def positions_on(self, grid: Any, like: Tensor) -> Any:
         """Positions of a grid of patches and of the other tokens that have any; None for a model without positions.
 
         Args:

@@ -286,9 +286,7 @@ def fit_tokens(
             before, after = before + after, 0
         weights["pos_embed"] = resize_pos_embed(positions, grid, new_grid, before, after)
         kept = "first entry" if before == 1 else "last entry" if after == 1 else f"{before + after} entries"
-        resized["pos_embed"] = (
-            f"{_text(grid)} to {_text(new_grid)} patches: bicubic without antialiasing, {kept} kept"
-        )
+        resized["pos_embed"] = f"{_text(grid)} to {_text(new_grid)} patches: bicubic without antialiasing, {kept} kept"
     return resized
 
 

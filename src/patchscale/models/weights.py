@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from patchscale.errors import UserError, first_line
 from patchscale.files import make_folder, write_atomically
 from patchscale.models.adventurer import Adventurer
-from patchscale.models.published import IMG_SIZES, PATCH_SIZES, SIZES
+from patchscale.models.published import ADVENTURER, DEIT, PATCH_SIZES
 from patchscale.models.tokens import Resize, square_side
 from patchscale.models.weight_files import Checkpoint, Which, fill, read_checkpoint
 
@@ -69,20 +69,19 @@ def flip_warning(model: nn.Module, checkpoint: Checkpoint) -> str:
 
 
 def infer_model_args(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """The constructor arguments of the Adventurer that a state dict belongs to, read off its tensors' shapes.
+    """The constructor arguments of the Adventurer or ViT that a state dict belongs to, read off its tensors' shapes.
 
-    The grid is taken to be square.
+    The grid is taken to be square. A ViT's heads leave no trace in the shapes: they are taken to be of 64 channels, as
+    DeiT's and ViT's are (the tiny pixel transformer's are not; this library's own files say so).
 
     Raises:
-        UserError: the tensors are not an Adventurer's.
+        UserError: the tensors are of neither.
     """
+    is_vit = "blocks.0.attn.qkv.weight" in weights
     try:
         embed_dim, in_chans, *patch = weights["patch_embed.proj.weight"].shape
-        heads = weights["layers.0.mixer.A_log"].shape[0]
-        d_inner = weights["layers.0.mixer.norm.weight"].shape[0]
-        d_state = (weights["layers.0.mixer.conv1d.weight"].shape[0] - d_inner) // 2
-        grid = square_side(weights["pos_embed"].shape[1] - 1)
-        depth = 1 + max(int(m[1]) for k in weights if (m := re.match(r"layers\.(\d+)\.", k)))
+        grid = square_side(weights["pos_embed"].shape[1] - ("cls_token" in weights))
+        depth = 1 + max(int(m[1]) for k in weights if (m := re.match(r"(?:layers|blocks)\.(\d+)\.", k)))
         return {
             "img_size": (grid * patch[0], grid * patch[1]),
             "patch_size": tuple(patch),
@@ -90,32 +89,52 @@ def infer_model_args(weights: dict[str, Tensor]) -> dict[str, Any]:
             "num_classes": weights["head.weight"].shape[0] if "head.weight" in weights else 0,
             "embed_dim": embed_dim,
             "depth": depth,
-            "d_state": d_state,
-            "headdim": d_inner // heads,
-            "expand": d_inner // embed_dim,
-        }
+        } | (_vit_args if is_vit else _adventurer_args)(weights, embed_dim)
     except (KeyError, ValueError) as e:
         if isinstance(e, UserError):
             raise
-        raise UserError(f"these weights are not an Adventurer's: {e} is missing or of another shape") from e
+        raise UserError(
+            f"these weights are neither an Adventurer's nor a vision transformer's: {e} is missing or of another shape"
+        ) from e
+
+
+def _adventurer_args(weights: dict[str, Tensor], embed_dim: int) -> dict[str, Any]:
+    heads = weights["layers.0.mixer.A_log"].shape[0]
+    d_inner = weights["layers.0.mixer.norm.weight"].shape[0]
+    d_state = (weights["layers.0.mixer.conv1d.weight"].shape[0] - d_inner) // 2
+    return {"d_state": d_state, "headdim": d_inner // heads, "expand": d_inner // embed_dim}
+
+
+def _vit_args(weights: dict[str, Tensor], embed_dim: int) -> dict[str, Any]:
+    has_class_token = "cls_token" in weights
+    return {
+        "num_heads": max(1, embed_dim // 64),
+        "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
+        "class_token": has_class_token,
+        # timm's place for the last norm tells how the tokens are pooled.
+        "global_pool": "token" if has_class_token and "fc_norm.weight" not in weights else "avg",
+    }
 
 
 def create_from_checkpoint(checkpoint: Checkpoint, **overrides: Any) -> nn.Module:
     """The model that a checkpoint holds, with its weights.
 
     Name and arguments are those that the file records. Where it records none (a published file), the model is an
-    Adventurer with the sizes of the tensors, and the flip rule of the code that wrote it.
+    Adventurer or a ViT with the sizes of the tensors, an Adventurer with the flip rule of the code that wrote it.
 
     Args:
         checkpoint: what :func:`read_checkpoint` gave.
         overrides: constructor arguments that come before the file's.
 
     Raises:
-        UserError: the file records no model and its tensors are not an Adventurer's.
+        UserError: the file records no model and its tensors are not of one that is known.
     """
     arguments = checkpoint.extra.get("model_args")
     if arguments is None:
-        arguments = infer_model_args(checkpoint.weights) | {"flip": checkpoint.flip or "alternate"}
+        arguments = infer_model_args(checkpoint.weights)
+        if "d_state" in arguments:
+            arguments["flip"] = checkpoint.flip or "alternate"
     try:
         arguments = {**arguments, **overrides}
         name = checkpoint.extra.get("model_name") or architecture_name(arguments)
@@ -139,14 +158,14 @@ def create_from_checkpoint(checkpoint: Checkpoint, **overrides: Any) -> nn.Modul
 
 def architecture_name(arguments: dict[str, Any]) -> str:
     """The registered name with these sizes, or, for sizes of one's own, one that takes them as arguments."""
-    size = next(
-        (n for n, s in SIZES.items() if (arguments.get("embed_dim"), arguments.get("depth")) == tuple(s.values())),
-        "tiny",
-    )
+    family = DEIT if "num_heads" in arguments else ADVENTURER
+    size = next((n for n, s in family.sizes.items() if all(arguments.get(k) == v for k, v in s.items())), "tiny")
     patch, image = to_2tuple(arguments["patch_size"]), to_2tuple(arguments["img_size"])
     patch_part = patch[0] if patch[0] == patch[1] and patch[0] in PATCH_SIZES else 16
-    image_part = image[0] if image[0] == image[1] and image[0] in IMG_SIZES else 224
-    return f"adventurer_{size}_patch{patch_part}_{image_part}"
+    image_part = image[0] if image[0] == image[1] and image[0] in family.img_sizes else 224
+    name = f"{family.prefix}_{size}_patch{patch_part}"
+    # Without an image size the name is always this library's own; with one, DeiT's four published names are timm's.
+    return name if family is DEIT else f"{name}_{image_part}"
 
 
 def convert(source: str | os.PathLike, destination: str | os.PathLike, which: Which = "model") -> list[Path]:

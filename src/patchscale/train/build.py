@@ -20,7 +20,8 @@ from patchscale.data.transforms import Preprocessing
 from patchscale.errors import UserError, first_line
 from patchscale.files import make_folder
 from patchscale.models.adventurer import Adventurer
-from patchscale.models.published import evaluation_crop
+from patchscale.models.backbone import Backbone
+from patchscale.models.published import FAMILIES, evaluation_crop
 from patchscale.models.weight_files import fill, read_checkpoint
 from patchscale.models.weights import flip_warning, load_weights
 from patchscale.tasks.classification import Classification
@@ -65,6 +66,7 @@ def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
         raise UserError(f"{name} cannot be made with {arguments}: {e}") from e
     if isinstance(model, Adventurer):
         arguments["flip"] = model.flip
+    if isinstance(model, Backbone):
         arguments["img_size"], arguments["patch_size"] = model.patch_embed.img_size, model.patch_embed.patch_size
     return model
 
@@ -77,7 +79,9 @@ def check_model_name(name: str) -> None:
     """
     if name.startswith(("hf-hub:", "local-dir:")) or timm.is_model(name):
         return
-    near = difflib.get_close_matches(name, timm.list_models("adventurer_*") + timm.list_models(), n=4, cutoff=0.6)
+    own = [known for family in FAMILIES for *_, known in family.names()]
+    near = difflib.get_close_matches(name, own + timm.list_models(), n=4, cutoff=0.6)
+    near = list(dict.fromkeys(near))
     hint = f"; did you mean {', '.join(near)}?" if near else "; `patchscale models` lists them"
     raise UserError(f"unknown model {name!r}{hint}")
 
@@ -88,8 +92,8 @@ def recompute_blocks(model: nn.Module, keep_products: bool) -> None:
     Raises:
         UserError: a model that cannot keep products.
     """
-    if keep_products and not isinstance(model, Adventurer):
-        raise UserError(f"--keep-products is for Adventurer models, not {type(model).__name__}: leave it out")
+    if keep_products and not isinstance(model, Backbone):
+        raise UserError(f"--keep-products is for models of this library, not {type(model).__name__}: leave it out")
     model.set_grad_checkpointing(**({"keep_products": True} if keep_products else {}))  # type: ignore[operator]
 
 
