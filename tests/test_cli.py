@@ -101,6 +101,37 @@ def test_models_lists_published_accuracies(capsys):
     assert re.search(r"adventurer_base_patch16_224 +│ +197 │ +98\.7 │ +82\.6", out)
 
 
+def test_models_lists_every_family(capsys):
+    assert main(["models", "*_tiny_patch1_*"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"pixel_transformer_tiny_patch1_32 +│ +1,025 │ +5\.7 │", out)
+    assert re.search(r"deit_tiny_patch1_64 +│ +4,097 │", out)
+    assert main(["models", "deit_base_patch1_64"]) == 0
+    assert "81.3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["deit_tiny_patch4", "pixel_transformer_tiny_patch1_32"])
+def test_a_vision_transformer_goes_through_every_command(model, tmp_path, capsys):
+    import timm
+
+    folder, patch = tmp_path / "run", ["--patch-size", "4"]
+    arguments = ["train", "--model", model, "--data", "digits", "--workers", "0", "--hflip", "0", *SMALL, *patch]
+    arguments[arguments.index("--embed-dim") + 1] = "48"
+    assert main([*arguments, "--epochs", "1", "--output", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["eval", "--weights", str(folder / "last.pt")]) == 0
+    scores, recorded = capsys.readouterr().out.strip().splitlines()
+    assert scores.startswith(recorded.removeprefix("training recorded: "))
+    Image.new("L", (8, 8), 7).save(tmp_path / "a.png")
+    picture = ["--features", str(tmp_path / "b.png")]
+    assert main(["predict", str(tmp_path / "a.png"), "--weights", str(folder), *picture]) == 0
+    assert Image.open(tmp_path / "b.png").size == (896, 448)
+    assert main(["convert", str(folder / "last.pt"), str(tmp_path / "out")]) == 0
+    by_timm = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    weights = torch.load(folder / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, weights[name]) for name, value in by_timm.state_dict().items())
+
+
 def test_env_names_the_implementation_of_each_operator(capsys, monkeypatch):
     assert main(["env"]) == 0
     out = capsys.readouterr().out

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from timm.layers import resample_patch_embed
 
 from patchscale import UserError
 from patchscale.models.adventurer import Adventurer
@@ -101,6 +102,42 @@ def test_an_enlarged_kernel_gives_the_same_on_enlarged_patches(old, new, assert_
     resized = resize_patch_embed(weight, new)
     assert resized.shape == (6, 3, *new)
     assert_near(enlarged.flatten(1) @ resized.flatten(1).t(), patches.flatten(1) @ weight.flatten(1).t(), 1e-4)
+
+
+SIDES = st.tuples(st.integers(1, 12), st.integers(1, 12))
+
+
+@property_test
+@given(SIDES, SIDES)
+def test_a_kernel_is_resized_by_the_least_squares_solution(old, new):
+    """FlexiViT's definition: the kernel of smallest norm that answers to resized patches as the old one to the old."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 3, *old, generator=generator, dtype=torch.float64)
+    pixels = torch.eye(old[0] * old[1], dtype=torch.float64).unflatten(1, (1, *old))
+    resizing = F.interpolate(pixels, size=new, mode="bicubic", antialias=True, align_corners=False).flatten(1)
+    expected = torch.linalg.lstsq(resizing, weight.flatten(0, 1).flatten(1).t(), driver="gelsd").solution
+    resized = resize_patch_embed(weight, new)
+    assert torch.allclose(resized.flatten(0, 1).flatten(1).t(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(("old", "new"), [(16, 8), (4, 1), (1, 16), (14, 16), ((8, 2), (3, 5))])
+def test_a_kernel_is_resized_as_timm_does(old, new, assert_near):
+    old, new = ((s, s) if isinstance(s, int) else s for s in (old, new))
+    weight = torch.randn(4, 3, *old, generator=torch.Generator().manual_seed(0))
+    assert_near(resize_patch_embed(weight, new), resample_patch_embed(weight, list(new)), 1e-5)
+
+
+def test_gradients_of_a_resized_kernel_reach_the_stored_one():
+    weight = torch.randn(2, 1, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: resize_patch_embed(w, (5, 2)), weight)
+    embed = PatchEmbed(12, 4, in_chans=1, embed_dim=2).double()
+    image = torch.randn(1, 1, 12, 12, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: embed(x, 3), image.requires_grad_())
+
+
+def test_gradients_of_resampled_positions_reach_the_stored_ones():
+    table = torch.randn(1, 7, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: resize_pos_embed(t, (2, 3), (4, 1)), table)
 
 
 def test_a_kernel_of_the_same_size_is_unchanged():

@@ -101,6 +101,13 @@ def test_the_best_checkpoint_is_the_most_accurate_epoch(recipe):
     assert evaluate(str(result.folder)).scores == best.scores
 
 
+@pytest.mark.parametrize("model", ["deit_tiny_patch4", "pixel_transformer_tiny_patch4_32"])
+def test_a_vision_transformer_learns_and_is_scored_from_its_checkpoint(recipe, model):
+    result = train(recipe(model=model, embed_dim=48, layer_decay=0.9, epochs=6))
+    assert result.scores.top1 > 60  # chance is 10
+    assert evaluate(str(result.folder / "last.pt")).scores == result.scores
+
+
 def test_a_timm_model_trains_too(recipe):
     result = train(recipe(model="test_vit", embed_dim=None, depth=None, patch_size=4, epochs=1, img_size=8))
     assert evaluate(str(result.folder / "last.pt")).scores == result.scores

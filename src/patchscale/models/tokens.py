@@ -69,7 +69,9 @@ class PatchEmbed(TimmPatchEmbed):
         img_size = self.img_size if img_size is None else to_2tuple(img_size)
         patch_size = self.patch_size if patch_size is None else to_2tuple(patch_size)
         grid_size(img_size, patch_size)
+        kernel = resize_patch_embed(self.proj.weight.data, patch_size)
         super().set_input_size(img_size, patch_size)
+        self.proj.weight.data.copy_(kernel)  # timm resizes it too, in float32 alone
 
     def forward(self, x: Tensor, patch_size: Size | None = None, rows: slice | None = None) -> Tensor:
         """Cut an image into patches and embed them.

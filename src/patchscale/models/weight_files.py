@@ -105,8 +105,8 @@ def fill(model: nn.Module, checkpoint: Checkpoint, strict: bool = True, resize: 
     weights = dict(checkpoint.weights)
     own = model.state_dict()
     resized = fit_tokens(model, weights, checkpoint.grid, resize)
-    head_keys = [k for k in weights if k.split(".")[0] == "head"]
-    own_head = [k for k in own if k.split(".")[0] == "head"]
+    head_keys = sorted(k for k in weights if k.split(".")[0] == "head")  # safetensors has an order of its own
+    own_head = sorted(k for k in own if k.split(".")[0] == "head")
     fits = head_keys == own_head and all(own[k].shape == weights[k].shape for k in head_keys)
     keep_head = not own_head or not (strict or fits)
     for key in head_keys if keep_head else ():
@@ -137,7 +137,8 @@ def fit_for_timm(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     grid = getattr(model, "pretrained_model_args", {}).get("pos_grid")
     if grid is None:
         grid = get_pretrained_grid_size(model, weights.get("patch_embed.proj.weight"), patches)
-    fit_tokens(model, weights, None if grid is None else tuple(grid))
+    rows_and_columns = None if grid is None else to_2tuple(grid)
+    fit_tokens(model, weights, rows_and_columns)
     return weights
 
 
