@@ -295,6 +295,7 @@ def models(pattern: tyro.conf.Positional[str] = "*_224") -> None:
     from patchscale.models.published import FAMILIES, published_top1
 
     table = Table("model", "tokens", "parameters (M)", "published top-1 %")
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for family in FAMILIES:
