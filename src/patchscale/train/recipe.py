@@ -218,7 +218,7 @@ class Recipe:
         if unknown:
             raise UserError(f"the recipe has unknown fields: {', '.join(sorted(unknown))}")
         for name, value in values.items():
-            if not _fits(value, hints[name]):
+            if not fits(value, hints[name]):
                 raise UserError(f"the recipe's {name} is {value!r}; see {_flag(name)} in `patchscale train --help`")
         restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         if restored.get("output") is not None:
@@ -226,18 +226,18 @@ class Recipe:
         return cls(**restored)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether a plain value, as JSON and TOML give it, is of a field's type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, argument) for argument in arguments)
+        return any(fits(value, argument) for argument in arguments)
     if origin is Literal:
         return value in arguments
     if origin is tuple:
         if not isinstance(value, list | tuple):
             return False
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+        return len(value) == len(kinds) and all(map(fits, value, kinds))
     if hint is NoneType:
         return value is None
     if hint in (int, float) and isinstance(value, bool):

@@ -1,0 +1,273 @@
+"""A study: which runs it is made of.
+
+A study file is TOML::
+
+    name = "digits"
+    hold = "epochs"            # or "flops": cheaper runs get more epochs, until all have cost what the dearest does
+    [all]                      # fields of every run, as in `patchscale train --help`; a list of values is swept
+    model = "adventurer_tiny_patch1"
+    data = "digits"
+    patch_size = [8, 4, 2, 1]
+    seed = [0, 1, 2]
+    [[arm]]                    # optional: each arm sweeps its own fields, and ``all``'s
+    control = "scale"          # what its runs are called and compared under; `scale` by default
+    [[arm]]
+    control = "fixed length"
+    tokens_a_side = 8          # the image grows and shrinks with the patch
+    [[arm]]
+    control = "curriculum"
+    recipe = "digits_three_stage"   # runs of several stages; ``all`` changes each
+"""
+
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from patchscale.data.sources import Source, open_source
+from patchscale.errors import UserError, first_line
+from patchscale.train.build import create_model, model_arguments
+from patchscale.train.recipe import Recipe, fits
+from patchscale.train.stages import read_recipe_file
+
+Hold = Literal["epochs", "flops"]
+CONTROL = "scale"
+SINGLE_STAGE = "train"
+
+# What an arm has beside a recipe's fields.
+_ARM_KEYS: dict[str, Any] = {"control": str, "recipe": str, "tokens_a_side": int}
+_KEYS = {"name", "hold", "all", "arm"}
+_SHORT = {"patch_size": "patch", "img_size": "px", "embed_dim": "width", "tokens_a_side": "side"}
+_HINTS = get_type_hints(Recipe)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study: a recipe of one or more stages, and what it is compared under."""
+
+    name: str
+    """Unique in the study, and the name of its folder."""
+    control: str
+    recipe: str
+    """The name of the recipe that it was made from, or nothing."""
+    stages: dict[str, Recipe]
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs, in the order in which the file names them."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+
+def read_study(path: Path, changes: dict[str, Any] | None = None, hold: Hold | None = None) -> Study:
+    """Read a study file.
+
+    Args:
+        path: a .toml file.
+        changes: fields for every run, which win over the file's; a list of values is swept.
+        hold: wins over the file's.
+
+    Raises:
+        UserError: no such file, not TOML, or it says something that a study cannot say.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise UserError(f"{path} is not a study: {first_line(e)}") from e
+    try:
+        return make_study(content | ({"hold": hold} if hold else {}), path.stem, changes)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+
+
+def make_study(content: dict[str, Any], name: str, changes: dict[str, Any] | None = None) -> Study:
+    """A study from what its file holds.
+
+    Raises:
+        UserError: it says something that a study cannot say.
+    """
+    unknown = sorted(content.keys() - _KEYS)
+    if unknown:
+        raise UserError(f"unknown {', '.join(unknown)}; a study has {', '.join(sorted(_KEYS))}")
+    for key, kind in (("name", str), ("all", dict), ("arm", list)):
+        if not isinstance(content.get(key, kind()), kind):
+            raise UserError(f"{key} is {content[key]!r}; the head of patchscale/scaling/runs.py shows a study file")
+    hold = content.get("hold", "epochs")
+    if hold not in get_args(Hold):
+        raise UserError(f"hold is {hold!r}, expected one of {', '.join(get_args(Hold))}")
+    arms = [content.get("all", {}) | arm | (changes or {}) for arm in content.get("arm") or [{}]]
+    controls = len({arm.get("control", CONTROL) for arm in arms}) > 1
+    runs = [run for arm in arms for run in _runs_of(arm, controls)]
+    names = [run.name for run in runs]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise UserError(f"two runs are {twice}: give their arms different controls, or remove one")
+    return Study(content.get("name", name), tuple(_same_flops(runs) if hold == "flops" else runs))
+
+
+def _runs_of(arm: dict[str, Any], name_control: bool) -> Iterator[Run]:
+    """Every combination of the values that an arm sweeps."""
+    values = dict(arm)
+    control, recipe = values.pop("control", CONTROL), values.pop("recipe", "")
+    unknown = sorted(values.keys() - _HINTS.keys() - _ARM_KEYS.keys())
+    if unknown:
+        raise UserError(f"unknown field {', '.join(unknown)}; see `patchscale train --help`")
+    if "output" in values:
+        raise UserError("output is for the study as a whole: --output FOLDER")
+    swept = {k: v for k, v in values.items() if _is_swept(k, v)}
+    empty = next((k for k, v in swept.items() if not v), None)
+    if empty is not None:
+        raise UserError(f"{empty} is an empty list, expected values to sweep")
+    file = read_recipe_file(recipe) if recipe else None
+    for combination in itertools.product(*swept.values()):
+        chosen = dict(zip(swept, combination, strict=True))
+        fields = values | chosen
+        side = fields.pop("tokens_a_side", None)
+        if side is not None:
+            fields["img_size"] = side * _needed(fields, "patch_size")
+        stages = file.stages if file is not None else {SINGLE_STAGE: {}}
+        made = {}
+        for stage, own in stages.items():
+            given = own | fields
+            for name in ("model", "data"):
+                _needed(given, name)
+            made[stage] = Recipe.from_dict(given)
+        words = [control] * name_control + [f"{_SHORT.get(k, k)}{v}" for k, v in chosen.items()]
+        name = "-".join(re.sub(r"[^\w.]+", "_", word) for word in words) or "run"
+        yield Run(name, control, recipe, made)
+
+
+def _is_swept(field: str, value: Any) -> bool:
+    """A list of values; where a single value is a list already, a list of lists."""
+    if not isinstance(value, list):
+        return False
+    if field in _HINTS and get_origin(_HINTS[field]) is tuple:
+        return bool(value) and all(isinstance(v, list) for v in value)
+    return True
+
+
+def _needed(fields: dict[str, Any], name: str) -> Any:
+    if fields.get(name) is None:
+        raise UserError(f"the study names no {name}: add it under [all], or give --{name.replace('_', '-')}")
+    return fields[name]
+
+
+def _same_flops(runs: list[Run]) -> list[Run]:
+    """Cheaper runs with more epochs, so that all take about as many FLOPs as the dearest."""
+    if any(len(run.stages) > 1 for run in runs):
+        raise UserError('hold = "flops" is for runs of one stage')
+    recipes = [next(iter(run.stages.values())) for run in runs]
+    costs = [planned_flops(recipe)[1] * recipe.epochs for recipe in recipes]
+    most = max(costs)
+    return [
+        replace(run, stages={stage: replace(recipe, epochs=max(1, round(recipe.epochs * most / cost)))})
+        for run, cost in zip(runs, costs, strict=True)
+        for stage, recipe in run.stages.items()
+    ]
+
+
+def planned_flops(recipe: Recipe) -> tuple[float, float]:
+    """Of a recipe's model: FLOPs of one image forward, and of one image in training."""
+    sources = _open(recipe.data)
+    with torch.device("meta"):
+        model = create_model(recipe.model, model_arguments(recipe, sources))
+    size = recipe.img_size or model.pretrained_cfg["input_size"][-1]  # type: ignore[union-attr,index]
+    return count_flops(model, sources.channels, (size, size))
+
+
+_sources: dict[str, Source] = {}
+
+
+def _open(data: str) -> Source:
+    if data not in _sources:
+        _sources[data] = open_source(data, "val", 1)
+    return _sources[data]
+
+
+def count_flops(model: nn.Module, channels: int, img_size: tuple[int, int]) -> tuple[float, float]:
+    """FLOPs of one image, by PyTorch's counter on tensors without data.
+
+    Args:
+        model: on the meta device.
+        channels: of an image.
+        img_size: height and width in pixels.
+
+    Returns:
+        Of a forward pass, and of a forward and backward pass.
+    """
+    image = torch.empty(1, channels, *img_size, device="meta")
+    counts = []
+    for training in (False, True):
+        model.train(training)
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+            out = model(image)
+            if training:
+                out.sum().backward()
+        counts.append(float(counter.get_total_flops()))
+    return counts[0], counts[1]
+
+
+def read_fields(words: Sequence[str]) -> dict[str, Any]:
+    """Flags of ``patchscale train`` as fields of a study, several values of one flag to be swept.
+
+    Raises:
+        UserError: an unknown flag, or a value of another type.
+    """
+    fields: dict[str, Any] = {}
+    groups: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            groups.append((flag, [value] if value else []))
+        elif groups:
+            groups[-1][1].append(word)
+        else:
+            raise UserError(f"what is {word!r}? Flags come first, then their values")
+    for flag, values in groups:
+        name = {"batch_size": "global_batch"}.get(flag[2:].replace("-", "_"), flag[2:].replace("-", "_"))
+        if name in _ARM_KEYS:
+            hint: Any = _ARM_KEYS[name]
+        elif name in _HINTS:
+            hint = _HINTS[name]
+        else:
+            raise UserError(f"unknown flag {flag}; see `patchscale train --help` and `patchscale sweep --help`")
+        read = [_read_value(flag, value, hint) for value in values] if values else [True]
+        several = len(read) > 1 or get_origin(hint) is tuple
+        fields[name] = read if several else read[0]
+    return fields
+
+
+def _read_value(flag: str, text: str, hint: Any) -> Any:
+    """A word as the first of these kinds that the field takes."""
+    hint = get_args(hint)[0] if get_origin(hint) is tuple else hint
+    for kind in (int, float, str):
+        try:
+            value = kind(text)
+        except ValueError:
+            continue
+        if fits(value, hint):
+            return value
+    if text in ("True", "False", "true", "false") and fits(True, hint):
+        return text.lower() == "true"
+    raise UserError(f"{flag} is {text!r}; see {flag} in `patchscale train --help`")
+
+
+def to_recipe_file(run: Run) -> str:
+    """A run as a recipe file, so that it can be repeated alone: ``patchscale train --recipe FILE``."""
+    lines = [f"# {run.name}, control {run.control}"]
+    defaults = Recipe("", "").to_dict()
+    for stage, recipe in run.stages.items():
+        lines.append(f"[stage.{json.dumps(stage)}]")
+        # A TOML value is written as JSON writes it, but for none, which is always the default.
+        lines += [f"{k} = {json.dumps(v)}" for k, v in recipe.to_dict().items() if v != defaults[k] and v is not None]
+    return "\n".join(lines) + "\n"

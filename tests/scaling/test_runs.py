@@ -1,0 +1,139 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from patchscale.errors import UserError
+from patchscale.models import Adventurer
+from patchscale.scaling.runs import count_flops, make_study, read_fields, read_study, to_recipe_file
+from patchscale.train.stages import read_recipe_file
+
+TINY = {"model": "adventurer_tiny_patch1", "data": "digits", "img_size": 8, "embed_dim": 32, "depth": 1}
+STUDIES = Path(__file__).resolve().parents[2] / "studies"
+
+
+def names(content):
+    return [run.name for run in make_study(content, "s").runs]
+
+
+def test_every_combination_of_listed_values_is_a_run():
+    study = make_study({"all": TINY | {"patch_size": [4, 2], "seed": [0, 1, 2]}}, "s")
+    assert [r.name for r in study.runs] == [f"patch{p}-seed{s}" for p in (4, 2) for s in (0, 1, 2)]
+    assert {r.control for r in study.runs} == {"scale"}
+    assert study.runs[4].stages["train"].patch_size == 2
+    assert study.runs[4].stages["train"].seed == 1
+
+
+def test_a_field_that_is_a_list_is_swept_by_a_list_of_lists():
+    assert names({"all": TINY | {"crop_scale": [0.5, 1.0]}}) == ["run"]
+    runs = make_study({"all": TINY | {"crop_scale": [[0.5, 1.0], [1.0, 1.0]]}}, "s").runs
+    assert [r.stages["train"].crop_scale for r in runs] == [(0.5, 1.0), (1.0, 1.0)]
+
+
+def test_arms_have_their_own_fields_and_controls():
+    study = make_study(
+        {
+            "all": TINY | {"patch_size": [4, 2]},
+            "arm": [{"control": "scale"}, {"control": "fixed length", "tokens_a_side": 4}, {"control": "width", "patch_size": 4, "embed_dim": [64, 128]}],
+        },
+        "s",
+    )  # fmt: skip
+    assert [r.name for r in study.runs] == [
+        "scale-patch4", "scale-patch2", "fixed_length-patch4", "fixed_length-patch2", "width-width64", "width-width128",
+    ]  # fmt: skip
+    assert [r.stages["train"].img_size for r in study.runs] == [8, 8, 16, 8, 8, 8]
+
+
+def test_an_arm_may_be_a_recipe_of_several_stages():
+    study = make_study({"all": {"seed": [0, 1], "depth": 1}, "arm": [{"recipe": "digits_three_stage"}]}, "s")
+    stages = read_recipe_file("digits_three_stage").stages
+    for run in study.runs:
+        assert list(run.stages) == list(stages)
+        assert [r.patch_size for r in run.stages.values()] == [s["patch_size"] for s in stages.values()]
+        assert {r.depth for r in run.stages.values()} == {1}
+
+
+def test_at_equal_flops_the_dearest_run_keeps_its_epochs():
+    study = make_study({"hold": "flops", "all": TINY | {"patch_size": [8, 4, 2, 1], "epochs": 3}}, "s")
+    recipes = [run.stages["train"] for run in study.runs]
+    assert recipes[-1].epochs == 3
+    costs = []
+    for recipe in recipes:
+        model = Adventurer(8, recipe.patch_size, 1, 10, 32, 1)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 1, 8, 8)).sum().backward()
+        costs.append(counter.get_total_flops() * recipe.epochs)
+    assert max(costs) / min(costs) < 1.2
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([32, 64]), st.integers(1, 3))
+def test_flops_are_those_of_the_counter_on_real_tensors(patch_size, width, depth):
+    real = Adventurer(8, patch_size, 1, 10, width, depth)
+    with torch.device("meta"):
+        model = Adventurer(8, patch_size, 1, 10, width, depth)
+    forward, training = count_flops(model, 1, (8, 8))
+    with FlopCounterMode(display=False) as counter:
+        loss = real(torch.zeros(1, 1, 8, 8)).sum()
+        assert counter.get_total_flops() == forward
+        loss.backward()
+    assert counter.get_total_flops() == training
+
+
+def test_flags_are_read_as_the_fields_they_name():
+    words = "--model m --patch-size 8 4 --lr 1e-3 --crop-scale 1 1 --batch-size 32 --grad-checkpointing --workers 0"
+    assert read_fields(words.split()) == {
+        "model": "m", "patch_size": [8, 4], "lr": 1e-3, "crop_scale": [1, 1], "global_batch": 32,
+        "grad_checkpointing": True, "workers": 0,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="unknown flag --patchsize"):
+        read_fields(["--patchsize", "4"])
+    with pytest.raises(UserError, match="--epochs is 'ten'"):
+        read_fields(["--epochs", "ten"])
+
+
+def test_a_run_is_written_as_a_recipe_file_that_says_the_same(tmp_path):
+    study = make_study({"all": TINY | {"crop_scale": [0.5, 1.0], "ema_decay": 0.9, "seed": 3}}, "s")
+    (tmp_path / "run.toml").write_text(to_recipe_file(study.runs[0]))
+    stages = read_recipe_file(str(tmp_path / "run.toml")).stages
+    from patchscale.train.recipe import Recipe
+
+    assert Recipe.from_dict(stages["train"]) == study.runs[0].stages["train"]
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda p: p.stem)
+def test_studies_that_come_along_can_be_read(path, tmp_path):
+    study = read_study(path, {"data": "digits"})
+    assert len(study.runs) > 1
+    json.dumps([r.to_dict() for run in study.runs for r in run.stages.values()])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"grid": {}}, "unknown grid; a study has all, arm, hold, name"),
+        ({"hold": "time"}, "hold is 'time', expected one of epochs, flops"),
+        ({"all": {"data": "digits"}}, "names no model: add it under .all., or give --model"),
+        ({"all": TINY | {"patchsize": 4}}, "unknown field patchsize"),
+        ({"all": TINY | {"seed": []}}, "seed is an empty list"),
+        ({"all": TINY | {"output": "x"}}, "--output FOLDER"),
+        ({"all": TINY | {"epochs": "ten"}}, "epochs is 'ten'"),
+        ({"all": TINY, "arm": [{}, {}]}, "two runs are run"),
+        ({"all": 3}, "all is 3"),
+        ({"hold": "flops", "all": {}, "arm": [{"recipe": "digits_three_stage"}]}, "runs of one stage"),
+    ],
+)
+def test_what_a_study_cannot_say_is_refused(content, message):
+    with pytest.raises(UserError, match=message):
+        make_study(content, "s")
+
+
+def test_a_file_that_is_no_study_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"none\.toml is not a study"):
+        read_study(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("a = [")
+    with pytest.raises(UserError, match=r"bad\.toml is not a study"):
+        read_study(tmp_path / "bad.toml")

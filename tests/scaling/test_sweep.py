@@ -1,0 +1,154 @@
+"""Whole sweeps on the digits, with models of a moment."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from patchscale.errors import UserError
+from patchscale.scaling.results import read_results
+from patchscale.scaling.runs import make_study
+from patchscale.scaling.sweep import is_finished, stage_folders, sweep
+from patchscale.train.loop import train
+
+TINY = {
+    "model": "adventurer_tiny_patch1", "data": "digits", "img_size": 8, "embed_dim": 32, "depth": 1, "limit_train": 64,
+    "global_batch": 16, "workers": 0, "device": "cpu", "trackers": [],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished sweep of two patch sizes and a run of three stages."""
+    study = make_study(
+        {
+            "name": "tiny",
+            "all": TINY | {"epochs": 2},
+            "arm": [{"patch_size": [8, 4]}, {"control": "curriculum", "recipe": "digits_three_stage", "epochs": 1}],
+        },
+        "s",
+    )
+    folder = tmp_path_factory.mktemp("sweep")
+    seen = []
+    cells = sweep(study, folder, 2, lambda states, left: seen.append([(s.state, s.share, left) for s in states]))
+    return study, folder, cells, seen
+
+
+def test_each_run_has_one_complete_row(done):
+    study, folder, cells, _ = done
+    assert read_results(folder) == cells
+    assert [(c.control, c.patch_size, c.tokens, c.epochs, c.train_images) for c in cells] == [
+        ("scale", 8, 1, 2, 64), ("scale", 4, 4, 2, 64), ("curriculum", 1, 64, 3, 64),
+    ]  # fmt: skip
+    for cell in cells:
+        assert (cell.study, cell.family, cell.width, cell.depth, cell.seed) == ("tiny", "adventurer", 32, 1, 0)
+        assert cell.val_images == 64
+        assert cell.flops_training > cell.flops_forward > 0
+        assert cell.seconds > 0
+        assert re.fullmatch(r"[0-9a-f]{40}\+?|unknown", cell.commit)
+
+
+def test_a_run_is_the_training_that_its_recipe_is(done, tmp_path):
+    study, folder, cells, _ = done
+    alone = train(replace(study.runs[1].stages["train"], output=tmp_path / "alone"))
+    assert (alone.scores.top1, alone.scores.loss) == (cells[1].top1, cells[1].val_loss)
+    here = torch.load(stage_folders(study.runs[1], folder)[0] / "last.pt", weights_only=True)["model"]
+    there = torch.load(tmp_path / "alone" / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(v, there[k]) for k, v in here.items())
+
+
+def test_a_curriculum_costs_what_its_stages_cost_together(done):
+    _, _, (_, _, curriculum), _ = done
+    same = make_study({"all": TINY | {"epochs": 1, "patch_size": [4, 2, 1]}}, "s")
+    from patchscale.scaling.runs import planned_flops
+
+    assert curriculum.flops_training == 64 * sum(planned_flops(r.stages["train"])[1] for r in same.runs)
+
+
+def test_the_watcher_sees_runs_begin_and_end(done):
+    _, _, _, seen = done
+    assert [s for s, _, _ in seen[-1]] == ["done"] * 3
+    assert "running" in {s for states in seen for s, _, _ in states}
+    assert any(left is not None for states in seen for _, _, left in states)
+
+
+def test_a_finished_sweep_runs_nothing_again(done):
+    study, folder, cells, _ = done
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("last.pt")}
+    assert sweep(study, folder) == cells
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("last.pt")} == before
+
+
+def test_other_runs_under_the_same_names_are_refused(done):
+    _, folder, _, _ = done
+    other = make_study({"name": "tiny", "all": TINY | {"epochs": 3, "patch_size": [8, 4]}, "arm": [{}]}, "s")
+    named = replace(other, runs=tuple(replace(r, name=f"scale-{r.name}") for r in other.runs))
+    with pytest.raises(UserError, match=r"scale-patch8 holds a run of another recipe: epochs was 2, is now 3"):
+        sweep(named, folder)
+
+
+def test_a_run_that_fails_is_named_and_the_others_finish(tmp_path):
+    study = make_study({"all": TINY | {"epochs": 1, "patch_size": 8, "lr": [1e-3, 1e30], "clip_grad": 1e30}}, "s")
+    bad = replace(study.runs[0].stages["train"], global_batch=100)
+    study = replace(study, runs=(replace(study.runs[0], stages={"train": bad}), study.runs[1]))
+    with pytest.raises(UserError, match=r"lr0\.001 failed: --global-batch is 100, more than the 64 images"):
+        sweep(study, tmp_path, 2)
+    assert [is_finished(run, tmp_path) for run in study.runs] == [False, True]
+
+
+STUDY = """
+[all]
+patch_size = [4, 2]
+epochs = 30
+save_minutes = 0.0
+"""
+
+
+def test_a_stopped_sweep_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
+    """By the command line: SIGINT to the sweep, which passes it on, and SIGKILL to all."""
+    (tmp_path / "s.toml").write_text(STUDY + "\n".join(f"{k} = {json.dumps(v)}" for k, v in TINY.items()))
+
+    def start(output: Path, *more: str):
+        words = ["--study", str(tmp_path / "s.toml"), "--output", str(output), "--jobs", "2", *more]
+        command = [sys.executable, "-m", "patchscale", "sweep", *words]
+        return subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def wait_for(pattern: str, count: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "parts").glob(pattern))) < count and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait(200) == 0, whole.stderr.read()
+
+    first = start(tmp_path / "parts")
+    wait_for("runs/*/*/last.pt", 2)
+    first.send_signal(signal.SIGINT)
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 75, said
+    assert "0 of 2 runs finished; the same command goes on" in said
+
+    second = start(tmp_path / "parts")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").glob("runs/*/*/last.pt")}
+    deadline = time.monotonic() + 60
+    while all(p.stat().st_mtime_ns == t for p, t in before.items()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(second.pid, signal.SIGKILL)
+    second.communicate()
+
+    last = start(tmp_path / "parts")
+    out, said = last.communicate(timeout=200)
+    assert last.returncode == 0, said
+    assert "2 runs in" in out
+    for cell, expected in zip(read_results(tmp_path / "parts"), read_results(tmp_path / "whole"), strict=True):
+        assert (cell.top1, cell.val_loss, cell.train_loss) == (expected.top1, expected.val_loss, expected.train_loss)
