@@ -43,7 +43,7 @@ def done(tmp_path_factory):
 
 
 def test_each_run_has_one_complete_row(done):
-    study, folder, cells, _ = done
+    _, folder, cells, _ = done
     assert read_results(folder) == cells
     assert [(c.control, c.patch_size, c.tokens, c.epochs, c.train_images) for c in cells] == [
         ("scale", 8, 1, 2, 64), ("scale", 4, 4, 2, 64), ("curriculum", 1, 64, 3, 64),
@@ -96,7 +96,7 @@ def test_other_runs_under_the_same_names_are_refused(done):
 
 
 def test_a_run_that_fails_is_named_and_the_others_finish(tmp_path):
-    study = make_study({"all": TINY | {"epochs": 1, "patch_size": 8, "lr": [1e-3, 1e30], "clip_grad": 1e30}}, "s")
+    study = make_study({"all": TINY | {"epochs": 1, "patch_size": 8, "lr": [1e-3, 2e-3]}}, "s")
     bad = replace(study.runs[0].stages["train"], global_batch=100)
     study = replace(study, runs=(replace(study.runs[0], stages={"train": bad}), study.runs[1]))
     with pytest.raises(UserError, match=r"lr0\.001 failed: --global-batch is 100, more than the 64 images"):

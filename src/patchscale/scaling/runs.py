@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -181,8 +182,8 @@ def planned_flops(recipe: Recipe) -> tuple[float, float]:
     sources = _open(recipe.data)
     with torch.device("meta"):
         model = create_model(recipe.model, model_arguments(recipe, sources))
-    size = recipe.img_size or model.pretrained_cfg["input_size"][-1]  # type: ignore[union-attr,index]
-    return count_flops(model, sources.channels, (size, size))
+    height, width = to_2tuple(recipe.img_size or model.pretrained_cfg["input_size"][-1])  # type: ignore[index]
+    return count_flops(model, sources.channels, (height, width))
 
 
 _sources: dict[str, Source] = {}
