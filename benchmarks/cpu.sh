@@ -9,9 +9,10 @@ export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="$thread
 bench() { "${PYTHON:-python3}" -m patchscale.bench "$@" --device cpu --threads "$threads" | tee "$folder.txt"; }
 mkdir -p "$out"
 
-tokens=196,784,3136,4096,12544,16384,50176
-folder=$out/ops && bench ops --tokens $tokens --decay fresh,mild --out "$folder"
-folder=$out/model && bench model --tokens $tokens --width 256,768 --out "$folder"
+folder=$out/ops && bench ops --tokens 196,3136,16384 --decay fresh,mild --out "$folder"
+folder=$out/model && bench model --tokens 196,784,4096,16384 --width 256,768 --out "$folder"
 folder=$out/flat && bench model --tokens 784,3136,12544,50176,200704 --width 256,768 --peers none --out "$folder"
-folder=$out/tiny && bench model --model adventurer_tiny_patch16_224,adventurer_tiny_patch1_224 --peers products-kept --repeats 3 \
-    --out "$folder"
+folder=$out/tiny && bench model --model adventurer_tiny_patch16_224,adventurer_tiny_patch1_224 --peers products-kept \
+    --repeats 3 --out "$folder"
+# Attention takes a minute for a call here.
+folder=$out/long && bench model --tokens 50176 --width 256 --peers vit --repeats 1 --min-seconds 0 --out "$folder"
