@@ -52,6 +52,13 @@ def test_arms_have_their_own_fields_and_controls():
     assert [r.stages["train"].img_size for r in study.runs] == [8, 8, 16, 8, 8, 8]
 
 
+def test_arms_of_several_models_are_told_apart():
+    arms = [{"model": "adventurer_tiny_patch1"}, {"model": "deit_tiny_patch1_64"}]
+    assert names({"all": {"data": "digits", "seed": [0, 1]}, "arm": arms}) == [
+        "adventurer_tiny-seed0", "adventurer_tiny-seed1", "deit_tiny-seed0", "deit_tiny-seed1",
+    ]  # fmt: skip
+
+
 def test_an_arm_may_be_a_recipe_of_several_stages():
     study = make_study({"all": {"seed": [0, 1], "depth": 1}, "arm": [{"recipe": "digits_three_stage"}]}, "s")
     stages = read_recipe_file("digits_three_stage").stages

@@ -107,8 +107,8 @@ def make_study(content: dict[str, Any], name: str, changes: dict[str, Any] | Non
     if hold not in get_args(Hold):
         raise UserError(f"hold is {hold!r}, expected one of {', '.join(get_args(Hold))}")
     arms = [content.get("all", {}) | arm | (changes or {}) for arm in content.get("arm") or [{}]]
-    controls = len({arm.get("control", CONTROL) for arm in arms}) > 1
-    runs = [run for arm in arms for run in _runs_of(arm, controls)]
+    tells_apart = [len({str(arm.get(key)) for arm in arms}) > 1 for key in ("control", "model")]
+    runs = [run for arm in arms for run in _runs_of(arm, *tells_apart)]
     names = [run.name for run in runs]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
@@ -116,7 +116,7 @@ def make_study(content: dict[str, Any], name: str, changes: dict[str, Any] | Non
     return Study(content.get("name", name), tuple(_same_flops(runs) if hold == "flops" else runs))
 
 
-def _runs_of(arm: dict[str, Any], name_control: bool) -> Iterator[Run]:
+def _runs_of(arm: dict[str, Any], name_control: bool, name_model: bool) -> Iterator[Run]:
     """Every combination of the values that an arm sweeps."""
     values = dict(arm)
     control, recipe = values.pop("control", CONTROL), values.pop("recipe", "")
@@ -143,7 +143,8 @@ def _runs_of(arm: dict[str, Any], name_control: bool) -> Iterator[Run]:
             for name in ("model", "data"):
                 _needed(given, name)
             made[stage] = Recipe.from_dict(given)
-        words = [control] * name_control + [f"{_SHORT.get(k, k)}{v}" for k, v in chosen.items()]
+        words = [control] * name_control + [fields.get("model", "").partition("_patch")[0]] * name_model
+        words += [f"{_SHORT.get(k, k)}{v}" for k, v in chosen.items()]
         name = "-".join(re.sub(r"[^\w.]+", "_", word) for word in words) or "run"
         yield Run(name, control, recipe, made)
 
