@@ -3,13 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test proofs lint clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+# What takes half a minute or more each: kills, several processes, long sequences, a Slurm of our own.
+proofs: .venv/installed
+	$(BIN)/python -m pytest -q -n 2 -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check src tests examples

@@ -137,7 +137,7 @@ def reference_in_parts(x, dt, A, B, C, D, initial_state, reverse, suffix):
 
 # One truth serves both precisions: its inputs are bfloat16 numbers.
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("length", [577, 3136, 50176])
+@pytest.mark.parametrize("length", [577, 3136, pytest.param(50176, marks=pytest.mark.slow)])
 def test_long_sequences(length, reverse, assert_near):
     rounded = draw(length, batch=1, headdim=2, d_state=3, dtype=torch.bfloat16, seed=length)
     options = {"reverse": reverse, "suffix": 1}

@@ -112,6 +112,7 @@ save_minutes = 0.0
 """
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     """By the command line: SIGINT to the sweep, which passes it on, and SIGKILL to all."""
     (tmp_path / "s.toml").write_text(STUDY + "\n".join(f"{k} = {json.dumps(v)}" for k, v in TINY.items()))

@@ -61,7 +61,7 @@ def one(recipe, tmp_path):
     return run, train(run)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_and_score_each_image_once(one, tmp_path, strategy):
     run, result = one
     two = replace(run, output=tmp_path / "two", strategy=strategy)
@@ -72,6 +72,7 @@ def test_two_processes_train_as_one_and_score_each_image_once(one, tmp_path, str
     assert result.scores.images == 101
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_another_number_of_processes(one, tmp_path, strategy):
     run, result = one
@@ -112,6 +113,7 @@ sys.exit(main(sys.argv[1:-1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "message"), [("nan", "the loss is nan at step 5"), ("error", "the disk is full: make room")]
 )
@@ -126,6 +128,7 @@ def test_a_failure_in_one_process_stops_all_with_its_words(recipe, tmp_path, how
     assert f"patchscale: {message}" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_process_does_not_leave_the_others_waiting(recipe, tmp_path):
     script = tmp_path / "broken.py"
     script.write_text(BROKEN)
@@ -145,7 +148,7 @@ def test_devices_are_started_from_the_command_line_alone(recipe, tmp_path):
     assert done.stdout.count("last: ") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_to_the_whole_group_stops_the_run_and_not_its_readers(recipe, number):
     """As Ctrl-C and Slurm send it."""
     run = recipe(epochs=200, workers=2)
