@@ -298,6 +298,7 @@ def evaluate(
     device: str | None = None,
     workers: int | None = None,
     skip_unreadable: bool = False,
+    patch_size: tuple[int, ...] = (),
 ) -> None:
     """Score weights on labelled images. What is not given comes from the run that made them.
 
@@ -312,6 +313,8 @@ def evaluate(
         device: cpu, cuda, cuda:1, mps; by default the GPU where there is one.
         workers: Processes that read images.
         skip_unreadable: Leave out images that cannot be read, instead of stopping.
+        patch_size: Score the same weights at each of these, and what each costs; weights of a run that drew its patch
+            sizes (train --patch-sizes) know them all.
     """
     from patchscale.train.device import keep_freed_memory
     from patchscale.train.evaluate import evaluate as run
@@ -330,6 +333,7 @@ def evaluate(
             device,
             workers,
             skip_unreadable,
+            patch_size,
             note=_note,
             progress=lambda done, total: bar.update(task, completed=done, total=total, rate=f"{done:,} images"),
         )
@@ -338,6 +342,17 @@ def evaluate(
         for rule, scores in found.flip_trials.items():
             table.add_row(rule + (" *" if rule == found.flip else ""), f"{scores.top1:.2f}", f"{scores.loss:.4f}")
         _out.print(table)
+    if found.by_patch:
+        table = Table("patch", "patches", "GFLOP", "ms an image", "top-1 %", "top-5 %", "loss")
+        for column in table.columns:
+            column.justify = "right"
+        for at in found.by_patch:
+            gflop = "" if at.flops is None else f"{at.flops / 1e9:.3g}"
+            scores = at.scores
+            figures = f"{scores.top1:.2f}", f"{scores.top5:.2f}", f"{scores.loss:.4f}"
+            table.add_row(str(at.patch_size), f"{at.patches:,}", gflop, f"{1e3 * at.seconds:.3g}", *figures)
+        _out.print(table)
+        return
     _out.print(str(found.scores) + (f"  (flip {found.flip})" if found.flip else ""), highlight=False)
     if found.recorded is not None:
         _out.print(f"training recorded: {found.recorded}", highlight=False)

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from patchscale.data.sampling import EpochSampler, order_of
+from patchscale.data.sampling import EpochSampler, draw_patch_size, order_of
 
 
 def cases(parity):
@@ -66,3 +66,16 @@ def test_every_draw_has_a_seed_of_its_own_that_follows_from_its_place():
     assert not {draw.seed for draw in sampler} & {draw.seed for draw in draws}
     halves = [list(EpochSampler(300, seed=1, repeats=3, processes=2, rank=r)) for r in (0, 1)]
     assert [d for pair in zip(*halves, strict=True) for d in pair] == draws
+
+
+def test_patch_sizes_are_drawn_alike_by_every_process_and_evenly():
+    sizes = (8, 4, 2, 1)
+    drawn = [draw_patch_size(sizes, seed, epoch, step) for seed in (0, 1) for epoch in (1, 2) for step in range(1, 301)]
+    assert drawn == [
+        draw_patch_size(sizes, seed, epoch, step) for seed in (0, 1) for epoch in (1, 2) for step in range(1, 301)
+    ]
+    counts = [drawn.count(size) for size in sizes]
+    assert sum(counts) == 1200
+    assert all(240 < count < 360 for count in counts)  # 300, give or take four standard deviations
+    assert drawn[:300] != drawn[300:600] != drawn[600:900]
+    assert draw_patch_size((), 0, 1, 1) is None

@@ -86,6 +86,14 @@ class ShareSampler(Sampler[Draw]):
         return iter(own + [Draw(0, counts=False)] * (len(self) - len(own)))
 
 
+def draw_patch_size(patch_sizes: tuple[int, ...], seed: int, epoch: int, step: int) -> int | None:
+    """The patch size of a step, each of them equally likely and the same in every process; None if there are none."""
+    if not patch_sizes:
+        return None
+    # A path longer than that of any process's random numbers in this step, and so other words.
+    return patch_sizes[int(seed_words(seed, epoch, step, 0, 1)[0]) % len(patch_sizes)]
+
+
 def seed_words(*path: int, count: int = 1) -> np.ndarray:
     """``count`` independent 32-bit seeds for a place in a run: its seed, epoch, step."""
     return np.random.SeedSequence(path).generate_state(count)

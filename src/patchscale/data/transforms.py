@@ -55,6 +55,7 @@ class Preprocessing:
         auto_augment: str | None = None,
         random_erasing: float = 0.0,
         simple_random_crop: bool = False,
+        grayscale: float = 0.0,
     ) -> Transform:
         """PIL image -> (channels, height, width), cropped at random, flipped and changed in its colours.
 
@@ -67,6 +68,7 @@ class Preprocessing:
             random_erasing: probability of erasing a rectangle, filled with noise.
             simple_random_crop: instead of the crop above, resize the shorter side to the image size, pad 4 pixels by
                 reflection and crop at random (DeiT III).
+            grayscale: probability of losing all colour.
 
         Raises:
             UserError: timm does not know the policy.
@@ -87,6 +89,7 @@ class Preprocessing:
                 auto_augment=auto_augment,
                 re_prob=random_erasing,
                 re_mode="pixel",
+                grayscale_prob=grayscale,
             )
         except (AssertionError, KeyError, ValueError) as e:
             raise UserError(

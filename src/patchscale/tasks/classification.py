@@ -1,8 +1,8 @@
 """Image classification: its loss, with mixup and cutmix, and its metrics."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,7 @@ class Classification:
         mixed, targets = zip(*(self.mixup(group, group_labels) for group, group_labels in groups), strict=True)
         return torch.cat(mixed), torch.cat(targets)
 
-    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, model: Callable[[Tensor], Any], images: Tensor, targets: Tensor) -> Tensor:
         """The mean loss, in nats. A model may answer twice, for the labels and for the teacher."""
         answer = model(images)
         logits, to_teacher = map(_float, answer if isinstance(answer, tuple) else (answer, answer))

@@ -22,6 +22,7 @@ from patchscale.files import make_folder
 from patchscale.models.adventurer import Adventurer
 from patchscale.models.backbone import Backbone
 from patchscale.models.published import FAMILIES, evaluation_crop
+from patchscale.models.tokens import grid_size
 from patchscale.models.weight_files import fill, read_checkpoint
 from patchscale.models.weights import flip_warning, load_weights
 from patchscale.tasks.classification import Classification
@@ -40,17 +41,40 @@ def open_sources(recipe: Recipe) -> tuple[Source, Source]:
 
 
 def model_arguments(recipe: Recipe, source: Source) -> dict[str, Any]:
-    """What timm makes the recipe's model from."""
-    given = {
+    """What timm makes the recipe's model from.
+
+    Raises:
+        UserError: as :func:`size_arguments`.
+    """
+    given = {"flip": recipe.flip, "drop_path_rate": recipe.drop_path or None}
+    fixed = {"num_classes": len(source.classes), "in_chans": source.channels} | size_arguments(recipe)
+    return fixed | {name: value for name, value in given.items() if value is not None}
+
+
+def size_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Of these arguments, the sizes.
+
+    Raises:
+        UserError: several patch sizes that do not divide the image, or for a model that has but one.
+    """
+    sizes: dict[str, Any] = {
         "img_size": recipe.img_size,
         "patch_size": recipe.patch_size,
         "embed_dim": recipe.embed_dim,
         "depth": recipe.depth,
-        "flip": recipe.flip,
-        "drop_path_rate": recipe.drop_path or None,
     }
-    fixed = {"num_classes": len(source.classes), "in_chans": source.channels}
-    return fixed | {name: value for name, value in given.items() if value is not None}
+    if recipe.patch_sizes:
+        check_model_name(recipe.model)
+        if not timm.models.is_model_in_modules(recipe.model, ("adventurer", "vit")):
+            raise UserError(
+                f"--patch-sizes is for models of this library, and {recipe.model} is timm's: `patchscale models` lists "
+                "them (deit_base_patch16 is timm's deit_base_patch16_224)"
+            )
+        img_size = recipe.img_size or timm.get_pretrained_cfg(recipe.model).input_size[1:]  # type: ignore[union-attr]
+        grids = {size: grid_size(img_size, size) for size in recipe.patch_sizes}
+        sizes["patch_size"] = recipe.patch_size or max(grids)
+        sizes["pos_grid"] = grids[min(grids)]
+    return {name: value for name, value in sizes.items() if value is not None}
 
 
 def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -134,6 +158,7 @@ def training_transform(recipe: Recipe, preprocessing: Preprocessing) -> Transfor
         recipe.auto_augment,
         recipe.random_erasing,
         recipe.simple_random_crop,
+        recipe.grayscale,
     )
 
 

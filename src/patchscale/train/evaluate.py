@@ -1,20 +1,25 @@
 """Scoring a checkpoint, from the file alone, and finding out which flip rule it was trained with."""
 
+import copy
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from patchscale.data.sources import Source, open_source
 from patchscale.errors import UserError
 from patchscale.models.adventurer import FLIP_RULES, Adventurer, Flip
+from patchscale.models.tokens import grid_size
 from patchscale.models.weight_files import Which
 from patchscale.tasks.classification import Classification, Scores
 from patchscale.train.build import make_loader, refuse_or_note
 from patchscale.train.checkpoint import load_model
 from patchscale.train.device import autocast, resolve_device
+from patchscale.train.speed import forward_flops
 
 FLIP_TRIAL_IMAGES = 500
 
@@ -29,6 +34,22 @@ class Evaluation:
     flip_trials: dict[Flip, Scores]
     """With ``flip="auto"``: each rule's scores on the first images."""
     flip: str | None
+    by_patch: tuple["AtPatch", ...] = ()
+    """With ``patch_sizes``: the scores at each, of which ``scores`` are the first."""
+
+
+@dataclass(frozen=True)
+class AtPatch:
+    """What the same weights score and cost at a patch size."""
+
+    patch_size: int
+    patches: int
+    """Of an image."""
+    flops: int | None
+    """Of an image, a product and a sum being two; None where they are not counted."""
+    seconds: float
+    """For an image, reading it included."""
+    scores: Scores
 
 
 def evaluate(
@@ -42,6 +63,7 @@ def evaluate(
     device: str | None = None,
     workers: int | None = None,
     skip_unreadable: bool = False,
+    patch_sizes: tuple[int, ...] = (),
     note: Callable[[str], None] = lambda text: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
@@ -61,14 +83,20 @@ def evaluate(
         device: by default the GPU where there is one.
         workers: processes that read images.
         skip_unreadable: leave out images that cannot be read.
+        patch_sizes: score the weights at each of these instead of their own; patch embedding and positions are
+            resized, nothing is trained.
         note: told of things a user should know.
         progress: told (images done, images in all).
 
     Raises:
-        UserError: no data set given or recorded, one of other classes, or bad weights.
+        UserError: no data set given or recorded, one of other classes, bad weights, or a patch that does not divide
+            the image.
     """
     place = resolve_device(device)
     loaded = load_model(weights, which, None if flip == "auto" else flip)
+    grids = [grid_size(loaded.preprocessing.img_size, size) for size in patch_sizes]
+    if patch_sizes and not hasattr(loaded.model, "set_input_size"):
+        raise UserError(f"{weights} holds a {type(loaded.model).__name__}, whose patch size cannot be changed")
     recipe = loaded.recipe
     if data is None and recipe is None:
         raise UserError(f"{weights} does not say what data it was trained on: give --data")
@@ -84,10 +112,10 @@ def evaluate(
     batch_size = batch_size or (recipe.images_at_once if recipe else 64)
     precision = precision or (recipe.precision if recipe else "32-true")
     dtype = torch.float64 if precision == "64-true" else torch.float32
-    model = loaded.model.to(place, dtype)
+    model: Any = loaded.model.to(place, dtype)
     task = Classification(len(source.classes))
 
-    def score(images: Source) -> Scores:
+    def score(images: Source, model: nn.Module) -> Scores:
         loader = make_loader(images, loaded.preprocessing.transform(), batch_size, workers, place)
         with autocast(place, precision):
             return task.evaluate(model, _batches(loader, place, dtype, skip_unreadable, note, progress))
@@ -99,11 +127,21 @@ def evaluate(
         few = source.sample(FLIP_TRIAL_IMAGES)
         for rule in FLIP_RULES:
             model.set_flip(rule)
-            trials[rule] = score(few)
+            trials[rule] = score(few, model)
         model.set_flip(max(trials, key=lambda rule: (trials[rule].top1, -trials[rule].loss)))
     recorded = loaded.checkpoint.extra.get("ema_scores" if which == "ema" else "scores")
-    scores = score(source)
-    return Evaluation(scores, Scores(**recorded) if recorded else None, trials, getattr(model, "flip", None))
+    by_patch = []
+    for size, (rows, columns) in zip(patch_sizes, grids, strict=True):
+        resized = copy.deepcopy(model)
+        resized.set_input_size(patch_size=(size, size))
+        start = time.perf_counter()
+        found = score(source, resized)
+        seconds = (time.perf_counter() - start) / found.images
+        by_patch.append(AtPatch(size, rows * columns, forward_flops(resized, loaded.preprocessing), seconds, found))
+    scores = by_patch[0].scores if by_patch else score(source, model)
+    return Evaluation(
+        scores, Scores(**recorded) if recorded else None, trials, getattr(model, "flip", None), tuple(by_patch)
+    )
 
 
 def _batches(

@@ -1,6 +1,7 @@
 """The training loop, for one process or many, that goes on exactly where it was stopped or killed."""
 
 import contextlib
+import functools
 import math
 import random
 import signal
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from patchscale.data.sampling import EpochSampler, ShareSampler, seed_words
+from patchscale.data.sampling import EpochSampler, ShareSampler, draw_patch_size, seed_words
 from patchscale.data.sources import Unreadable
 from patchscale.errors import Interrupted, TrainingStopped, UserError, first_line
 from patchscale.tasks.classification import Scores
@@ -261,7 +262,7 @@ class _Run:
         self.unreadable: set[Unreadable] = set()
 
         self.steps_per_epoch = len(self.train_loader)
-        self.speed = Speed(model, self.preprocessing, recipe.precision, processes)
+        self.speed = Speed(model, self.preprocessing, recipe.precision, processes, recipe.patch_sizes)
         self.updates = Updates(self.model, recipe, self.steps_per_epoch, processes, parts)
         self.ema = self.updates.ema
         self.step = self.epochs_done = 0  # optimiser steps; epochs that were evaluated too
@@ -343,6 +344,7 @@ class _Run:
                 raise UserError(f"none of the {self.batch} images of step {self.step + 1} can be read")
             self.speed.has_images()
             _seed(self.recipe.seed, epoch, index, self.processes.rank)
+            self.patch_size = draw_patch_size(self.recipe.patch_sizes, self.recipe.seed, epoch, index)
             loss = self._step(images, labels)
             count = len(labels) * self.processes.count
             self.loss_sum += loss * count
@@ -373,8 +375,11 @@ class _Run:
         return loss
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        model: Any = self.updates.model
+        if self.patch_size is not None:
+            model = functools.partial(model, patch_size=self.patch_size)
         with self.processes.fabric.autocast():
-            return self.task.loss(self.updates.model, images, targets)
+            return self.task.loss(model, images, targets)
 
     def _show(self, epoch: int, index: int, loss: float) -> None:
         left = (self._steps - self.step) * self.recipe.global_batch / self.speed.images_per_second

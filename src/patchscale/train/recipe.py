@@ -37,6 +37,9 @@ class Recipe:
     """Image size the model is made for; by default the one in its name."""
     patch_size: int | tuple[int, int] | None = None
     """Patch size; by default the one in its name."""
+    patch_sizes: tuple[int, ...] = ()
+    """One model for several patch sizes: each step draws one of these. The patch embedding is kept at patch_size, by
+    default the largest of them, and resized in passing; positions are kept on the grid of the smallest."""
     embed_dim: int | None = None
     """Width; by default the model's."""
     depth: int | None = None
@@ -69,6 +72,8 @@ class Recipe:
     """timm's name of a policy: 3a for 3-Augment, rand-m9-mstd0.5-inc1 for RandAugment."""
     color_jitter: float = 0.0
     """Strength of colour jitter (published with 3-Augment: 0.3; RandAugment replaces it)."""
+    grayscale: float = 0.0
+    """Probability of losing all colour."""
     random_erasing: float = 0.0
     """Probability of erasing a rectangle."""
     repeated_aug: int = 1
@@ -166,9 +171,11 @@ class Recipe:
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise UserError(f"--crop-scale is {low} {high}, expected 0 < low <= high <= 1")
-        for name in ("hflip", "drop_path", "layer_decay", "random_erasing"):
+        for name in ("hflip", "drop_path", "layer_decay", "random_erasing", "grayscale"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{_flag(name)} is {getattr(self, name)}, expected 0 to 1")
+        if any(size < 1 for size in self.patch_sizes):
+            raise UserError(f"--patch-sizes is {' '.join(map(str, self.patch_sizes))}, expected pixels, 1 or more each")
         if (self.distillation == "none") != (self.teacher is None):
             raise UserError(
                 f"--distillation is {self.distillation} and --teacher is {self.teacher}: learning from a teacher needs "

@@ -22,11 +22,19 @@ class Speed:
         preprocessing: says what an image's tensor is like.
         precision: the recipe's.
         processes: of the run.
+        patch_sizes: that steps are drawn from, if any.
     """
 
-    def __init__(self, model: nn.Module, preprocessing: Preprocessing, precision: str, processes: Processes) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        precision: str,
+        processes: Processes,
+        patch_sizes: tuple[int, ...] = (),
+    ) -> None:
         self.device, self.count = processes.device, processes.count
-        self._flops = _training_flops(model, preprocessing) if processes.is_first else None
+        self._flops = _training_flops(model, preprocessing, patch_sizes) if processes.is_first else None
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "64-true": torch.float64}
         self._peak = matrix_peak(self.device, dtype.get(precision, torch.float32)) if self._flops else None
         self._steps = self._images = 0
@@ -84,16 +92,23 @@ class Speed:
         return True
 
 
-def _training_flops(model: nn.Module, preprocessing: Preprocessing) -> int | None:
-    """FLOPs of one image forward and backward, by PyTorch's counter; None for a model that cannot be counted."""
+def _training_flops(model: nn.Module, preprocessing: Preprocessing, patch_sizes: tuple[int, ...]) -> float | None:
+    """FLOPs of one image forward and backward, the mean over patch sizes."""
+    counts = [forward_flops(model, preprocessing, size) for size in patch_sizes or (None,)]
+    known = [count for count in counts if count is not None]
+    return 3 * sum(known) / len(known) if len(known) == len(counts) else None  # a backward pass is twice a forward
+
+
+def forward_flops(model: nn.Module, preprocessing: Preprocessing, patch_size: int | None = None) -> int | None:
+    """FLOPs of one image, by PyTorch's counter (a product and a sum are two); None for a model that is not counted."""
     image = torch.empty(1, preprocessing.channels, *preprocessing.img_size, device="meta")
     try:
         shapes = copy.deepcopy(model).to("meta").float().eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            shapes(image)
+            shapes(image, **({} if patch_size is None else {"patch_size": patch_size}))
     except (RuntimeError, NotImplementedError, ValueError):
         return None
-    return 3 * counter.get_total_flops()  # a backward pass is twice a forward
+    return counter.get_total_flops()
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:

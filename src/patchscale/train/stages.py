@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from patchscale.errors import UserError, first_line
-from patchscale.models.tokens import Size
-from patchscale.train.build import create_model
+from patchscale.train.build import create_model, size_arguments
 from patchscale.train.checkpoint import LAST, read_training_state
 from patchscale.train.loop import Observer, Result, train
 from patchscale.train.recipe import Recipe
@@ -185,15 +184,9 @@ def _choose(names: list[str], only: str) -> str:
 
 def _check(stage: str, recipe: Recipe) -> None:
     """Make the stage's model without memory, to find out before the first stage what is wrong with the last."""
-    sizes: dict[str, Size | int | None] = {
-        "img_size": recipe.img_size,
-        "patch_size": recipe.patch_size,
-        "embed_dim": recipe.embed_dim,
-        "depth": recipe.depth,
-    }
     try:
         with torch.device("meta"):
-            create_model(recipe.model, {k: v for k, v in sizes.items() if v is not None})
+            create_model(recipe.model, size_arguments(recipe))
     except UserError as e:
         raise UserError(f"stage {stage}: {e}") from e
 
