@@ -105,6 +105,14 @@ def test_colour_jitter_comes_after_three_augment_and_not_with_randaugment():
     assert names(auto_augment="rand-m9-mstd0.5-inc1")[1] == "RandAugment"
 
 
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_grayscale_takes_the_colour(probability):
+    preprocessing = Preprocessing((16, 16), 3, (0.5,) * 3, (0.5,) * 3, 1.0)
+    transform = preprocessing.training_transform((1.0, 1.0), hflip=0.0, color_jitter=0.0, grayscale=probability)
+    red, green, blue = transform(noise(16, 16))
+    assert (torch.equal(red, green) and torch.equal(green, blue)) is bool(probability)
+
+
 def test_randaugment_moves_and_fills_as_published():
     preprocessing = Preprocessing((64, 64), 3, MEAN, STD, 1.0)
     transform = preprocessing.training_transform((0.08, 1.0), 0.5, 0.3, auto_augment="rand-m9-mstd0.5-inc1")

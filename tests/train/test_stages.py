@@ -12,7 +12,7 @@ from patchscale.errors import UserError
 from patchscale.models.weight_files import read_checkpoint
 from patchscale.train.evaluate import evaluate
 from patchscale.train.loop import Observer
-from patchscale.train.optimiser import peak_lr
+from patchscale.train.optimiser import make_schedule, peak_lr
 from patchscale.train.recipe import Recipe
 from patchscale.train.stages import read_recipe_file, recipe_names, run_stages
 
@@ -74,6 +74,56 @@ def test_every_recipe_makes_its_model_and_says_what_was_published(name):
         assert {"top1", "cost"} <= file.published.keys()
         final = list(stages_of(name).values())[-1].img_size
         assert final == int(name.split("_")[3] if name.count("_") == 3 else 224)
+
+
+VISION_TRANSFORMERS = [n for n in recipe_names() if n.startswith(("deit_", "pixel_transformer_"))]
+
+
+def test_every_vision_transformer_with_a_published_result_has_its_recipe():
+    from patchscale.models.published import PUBLISHED_VIT
+
+    named = {f"deit_{s}_patch16" for s in ("tiny", "small", "base")} | {"deit_base_patch8"}
+    named |= {f"deit_base_patch{p}_64" for p in (16, 8, 4, 2, 1)} | {f"deit_base_patch{p}_128" for p in (16, 8, 4, 2)}
+    cifar = {f"pixel_transformer_{s}{p}_cifar100" for s in ("tiny", "small") for p in ("", "_patch2")}
+    small = {f"pixel_transformer_{s}{p}_28" for s in ("small", "base", "large") for p in ("", "_patch2")}
+    assert set(VISION_TRANSFORMERS) == named | cifar | small
+    for name in VISION_TRANSFORMERS:
+        (recipe,) = stages_of(name).values()
+        stem = "_".join(recipe.model.split("_")[:-1]) if recipe.model.endswith(("_28", "_32")) else recipe.model
+        img = recipe.img_size or int(recipe.model.split("_")[-1])
+        known = PUBLISHED_VIT.get(f"{stem}_{img}")
+        assert known is not None or name in cifar, name
+        assert known in (None, read_recipe_file(name).published["top1"]), name
+
+
+@pytest.mark.parametrize("name", VISION_TRANSFORMERS)
+def test_warm_up_warms_up(name):
+    """The published example of the pixel transformer starts it at the peak rate."""
+    (recipe,) = stages_of(name).values()
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = torch.optim.AdamW([parameter], lr=peak_lr(recipe))
+    set_rates = make_schedule(optimizer, recipe, steps_per_epoch=10)
+    rates = []
+    for step in range(0, 10 * recipe.epochs, 10):
+        set_rates(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] <= 1e-6
+    late = recipe.schedule == "published"
+    peak = int(recipe.warmup_epochs) + late
+    assert rates[1 + late : peak] == sorted(rates[1 + late : peak])
+    assert max(rates) == pytest.approx(peak_lr(recipe), rel=0.02)  # the cosine is counted from the first step
+    assert abs(rates.index(max(rates)) - peak) <= 1
+    assert rates[-1] < 0.02 * peak_lr(recipe)
+
+
+def test_the_pixel_transformers_recipe_is_the_published_one():
+    (recipe,) = stages_of("pixel_transformer_tiny_cifar100").values()
+    assert (recipe.lr, recipe.weight_decay, recipe.betas) == (0.004, 0.3, (0.9, 0.95))
+    assert (recipe.epochs, recipe.global_batch, recipe.warmup_epochs) == (2400, 1024, 20)
+    assert (recipe.crop_scale, recipe.grayscale, recipe.color_jitter, recipe.hflip) == ((0.2, 1.0), 0.2, 0.4, 0.5)
+    assert peak_lr(recipe) == 0.004
+    (deit,) = stages_of("deit_base_patch1_64").values()
+    assert peak_lr(deit) == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
