@@ -10,9 +10,10 @@ from rich.table import Table
 from patchscale.errors import UserError
 from patchscale.scaling.law import FORMULAS, Axis, LawFit, Scored
 from patchscale.scaling.published import ASSUMED_NOISE, fitted_panels, scored_accuracies
-from patchscale.scaling.results import read_results
+from patchscale.scaling.results import Cell, read_results
 from patchscale.scaling.study import (
     UNITS,
+    Mean,
     Quantity,
     find_series,
     fit_series,
@@ -68,6 +69,35 @@ def fit(
         row = (f"{group.flops:.2e}", f"{group.top1.value:.1f}", cell.patch_size, cell.width, f"{cell.img_size} px")
         frontier.add_row(*map(str, row))
     console.print(frontier)
+
+
+def results_table(cells: Sequence[Cell]) -> Table:
+    """A line for the runs that differ in their seed alone: what they reached, and what that cost."""
+    groups = group_cells(cells)
+    table = Table(caption="+- is the standard error over the seeds; cost is that of all the training, in FLOPs")
+    table.add_column("runs")
+    for name in ("seeds", "patch", "tokens", "top-1 %", "test loss", "MFLOP an image", "training", "cost"):
+        table.add_column(name, justify="right")
+    cheapest = min(group.flops for group in groups)
+    for group in groups:
+        cell = group.first
+        size = "" if cell.control in ("scale", "length") else f"{cell.control}, "
+        table.add_row(
+            f"{size}{cell.family}, width {cell.width}, {cell.img_size} px",
+            str(len(group.cells)),
+            str(cell.patch_size),
+            f"{cell.tokens:,}",
+            _with_error(group.top1, 1),
+            _with_error(group.loss, 3),
+            f"{cell.flops_forward / 1e6:,.3g}",
+            f"{group.seconds:,.0f} s",
+            f"{group.flops / cheapest:.1f}x",
+        )
+    return table
+
+
+def _with_error(mean: Mean, digits: int) -> str:
+    return f"{mean.value:.{digits}f}" + ("" if math.isnan(mean.error) else f" +- {mean.error:.{digits}f}")
 
 
 def _forms_table(fitted: LawFit, of: str) -> Table:

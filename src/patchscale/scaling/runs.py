@@ -12,7 +12,7 @@ A study file is TOML::
     [[arm]]                    # optional: each arm sweeps its own fields, and ``all``'s
     control = "scale"          # what its runs are called and compared under; `scale` by default
     [[arm]]
-    control = "fixed length"
+    control = "length"
     tokens_a_side = 8          # the image grows and shrinks with the patch
     [[arm]]
     control = "curriculum"
@@ -60,6 +60,7 @@ class Run:
     recipe: str
     """The name of the recipe that it was made from, or nothing."""
     stages: dict[str, Recipe]
+    held: Hold = "epochs"
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _same_flops(runs: list[Run]) -> list[Run]:
     costs = [planned_flops(recipe)[1] * recipe.epochs for recipe in recipes]
     most = max(costs)
     return [
-        replace(run, stages={stage: replace(recipe, epochs=max(1, round(recipe.epochs * most / cost)))})
+        replace(run, held="flops", stages={stage: replace(recipe, epochs=max(1, round(recipe.epochs * most / cost)))})
         for run, cost in zip(runs, costs, strict=True)
         for stage, recipe in run.stages.items()
     ]

@@ -196,6 +196,7 @@ def cell_of(study: str, run: Run, folder: Path) -> Cell:
         data=recipe.data,
         recipe=run.recipe,
         control=run.control,
+        held=run.held,
         val_images=last["scores"]["images"],
         ema_top1=row.get("ema_top1"),
         ema_val_loss=row.get("ema_val_loss"),
