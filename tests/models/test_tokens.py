@@ -18,6 +18,7 @@ from patchscale.models.tokens import (
     resize_pos_embed,
     square_side,
 )
+from patchscale.models.vit import ViT
 
 property_test = settings(deadline=None, max_examples=50, database=None)
 
@@ -269,3 +270,24 @@ def test_a_class_token_that_comes_first_stays_first():
     assert weights["pos_embed"].shape == (1, 65, 64)
     assert (weights["pos_embed"][:, 0] == 9).all()
     assert torch.allclose(weights["pos_embed"][:, 1:], torch.ones(1, 64, 64))
+
+
+@pytest.mark.parametrize("family", [Adventurer, ViT])
+def test_extended_tokens_are_the_patches_interpolated(family):
+    sizes = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 64, "depth": 1, "num_classes": 5}
+    heads = {"num_heads": 2} if family is ViT else {}
+    model = family(**sizes, **heads, extend=3).eval()
+    x = torch.randn(2, 3, 16, 24)
+    assert model.patch_embed.grid_size == (6, 9)
+    assert model.pos_embed.shape[1] == 6 * 9 + 1
+    patches = F.conv2d(x, model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=8)
+    expected = F.interpolate(patches, size=(6, 9), mode="bilinear").permute(0, 2, 3, 1)
+    assert torch.equal(model.patch_embed(x), expected)
+    (last,) = model.forward_intermediates(x, 1, intermediates_only=True)
+    assert last.shape == (2, 64, 6, 9)
+    assert model(x).shape == (2, 5)
+    model.set_input_size(img_size=(16, 16))
+    assert model.pos_embed.shape[1] == 6 * 6 + 1
+    assert model(x[..., :16]).shape == (2, 5)
+    with pytest.raises(UserError, match="extend is 0"):
+        family(**sizes, **heads, extend=0)

@@ -70,6 +70,7 @@ class Adventurer(Backbone):
         dynamic_img_size: accept any image that the patch divides, resampling positions on the fly.
         pos_grid: rows and columns of the position table, or one number; the patches' own if None. A model that is to be
             called at several patch sizes keeps its positions best on the finest of the grids.
+        extend: interpolate the tokens to so many times the rows and columns.
         sequence_group: processes to cut the tokens of an image over; see :meth:`set_sequence_group`.
 
     Raises:
@@ -93,6 +94,7 @@ class Adventurer(Backbone):
         drop_path_rate: float = 0.0,
         dynamic_img_size: bool = False,
         pos_grid: Size | None = None,
+        extend: int = 1,
         sequence_group: ProcessGroup | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -114,11 +116,13 @@ class Adventurer(Backbone):
         self.dynamic_img_size = dynamic_img_size
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
-        self.pos_grid = grid_size(img_size, patch_size) if pos_grid is None else to_2tuple(pos_grid)
+        rows, columns = grid_size(img_size, patch_size)
+        self.pos_grid = (rows * extend, columns * extend) if pos_grid is None else to_2tuple(pos_grid)
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.pos_grid) + 1, embed_dim, **dd))
         self.patch_embed = PatchEmbed(
             img_size,
             patch_size,
+            extend,
             in_chans=in_chans,
             embed_dim=embed_dim,
             strict_img_size=not dynamic_img_size,
@@ -194,9 +198,11 @@ class Adventurer(Backbone):
         communicate over during the backward (DistributedDataParallel uses the default group).
 
         Raises:
-            UserError: no process group, or one without this process. When called: images that differ, or with fewer
-                than 3 patches for each process.
+            UserError: no process group, one without this process, or a model with ``extend``. When called: images that
+                differ, or with fewer than 3 patches for each process.
         """
+        if group is not None and self.patch_embed.extend > 1:
+            raise UserError("a sequence_group cuts tokens that are patches: it does not go with extend")
         self.sequence_group = None if group is None else SequenceGroup(group)
         for block in self.layers:
             block.mixer.sequence_group = self.sequence_group
@@ -253,7 +259,7 @@ class Adventurer(Backbone):
     def _embed_slice(self, x: Tensor, group: SequenceGroup, patch_size: Size | None) -> tuple[Tensor, Tensor]:
         """This process's patches, (batch, patches, embed_dim), and their positions with that of the class token."""
         group.require_alike(x)
-        grid = rows, columns = grid_size((x.shape[-2], x.shape[-1]), patch_size or self.patch_embed.patch_size)
+        grid = rows, columns = self.patch_embed.grid_of((x.shape[-2], x.shape[-1]), patch_size)
         own = group.slice_of(rows * columns, least=CONV_WIDTH - 1)
         first = own.start // columns
         tokens = self.patch_embed(x, patch_size, slice(first, -(-own.stop // columns))).flatten(1, 2)

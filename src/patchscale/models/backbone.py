@@ -14,7 +14,6 @@ from patchscale.errors import UserError
 from patchscale.models.tokens import (
     PatchEmbed,
     Size,
-    grid_size,
     position_entries,
     resize_pos_embed,
     sincos_positions,
@@ -159,7 +158,7 @@ class Backbone(nn.Module):
             raise UserError("the patches are cut over a sequence_group and make no map here: ask for output_fmt='NLC'")
         blocks, last_norm = self.trunk()
         take, last = feature_take_indices(len(blocks), indices)
-        grid = grid_size((x.shape[-2], x.shape[-1]), patch_size or self.patch_embed.patch_size)
+        grid = self.patch_embed.grid_of((x.shape[-2], x.shape[-1]), patch_size)
         x = self.embed(x, patch_size)
         taken = []
         for i, block in enumerate(blocks[: last + 1] if stop_early else blocks):

@@ -54,10 +54,16 @@ class PatchEmbed(TimmPatchEmbed):
     It differs in what it refuses: an image that is not a whole number of patches (timm ignores the remainder) and, if
     ``strict_img_size``, an image of another size than it was made for, each as a UserError that names the way out. And
     it can cut an image into patches of another size than its kernel's, which is then resized in that pass.
+
+    With ``extend``, tokens are interpolated bilinearly to so many times the rows and columns: as many tokens as smaller
+    patches would give, and nothing more to see (*Scaling Laws in Patchification*, Table 5). The grid is then theirs.
     """
 
-    def __init__(self, img_size: Size, patch_size: Size, **kwargs) -> None:
+    def __init__(self, img_size: Size, patch_size: Size, extend: int = 1, **kwargs) -> None:
         grid_size(img_size, patch_size)
+        if extend < 1:
+            raise UserError(f"extend is {extend}, expected 1 (as many tokens as patches) or more on each side")
+        self.extend = extend
         super().__init__(img_size, to_2tuple(patch_size), **(kwargs | {"output_fmt": "NHWC"}))
 
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
@@ -72,6 +78,19 @@ class PatchEmbed(TimmPatchEmbed):
         kernel = resize_patch_embed(self.proj.weight.data, patch_size)
         super().set_input_size(img_size, patch_size)
         self.proj.weight.data.copy_(kernel)  # timm resizes it too, in float32 alone
+
+    def _init_img_size(self, img_size: Any) -> Any:
+        size, grid, patches = super()._init_img_size(img_size)
+        return size, (grid[0] * self.extend, grid[1] * self.extend), patches * self.extend**2
+
+    def grid_of(self, img_size: Size, patch_size: Size | None = None) -> tuple[int, int]:
+        """(rows, columns) of the tokens of an image.
+
+        Raises:
+            UserError: the patch does not divide the image.
+        """
+        rows, columns = grid_size(img_size, patch_size or self.patch_size)
+        return rows * self.extend, columns * self.extend
 
     def forward(self, x: Tensor, patch_size: Size | None = None, rows: slice | None = None) -> Tensor:
         """Cut an image into patches and embed them.
@@ -104,7 +123,10 @@ class PatchEmbed(TimmPatchEmbed):
             x = self.proj(x)
         else:
             x = F.conv2d(x, resize_patch_embed(self.proj.weight, patch), self.proj.bias, stride=patch)
-        return self.norm(x.permute(0, 2, 3, 1))
+        x = self.norm(x.permute(0, 2, 3, 1))
+        if self.extend == 1:
+            return x
+        return F.interpolate(x.permute(0, 3, 1, 2), scale_factor=self.extend, mode="bilinear").permute(0, 2, 3, 1)
 
 
 def resize_patch_embed(weight: Tensor, patch_size: Size) -> Tensor:

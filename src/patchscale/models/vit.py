@@ -14,6 +14,7 @@ the same network with the same weights, and can be called at any patch size.
 """
 
 import sys
+from functools import partial
 from typing import Any
 
 import timm
@@ -50,6 +51,7 @@ class ViT(Backbone, VisionTransformer):  # type: ignore[misc]  # it takes a patc
         pos_grid: rows and columns of the position table, or one number; the patches' own if None. With ``"sincos"``,
             the grid in whose patches distances are counted. A model that is to be called at several patch sizes
             keeps its positions best on the finest of the grids.
+        extend: interpolate the tokens to so many times the rows and columns.
         **kwargs: timm's: ``embed_dim``, ``depth``, ``num_heads``, ``num_classes``, ``global_pool``, ...
 
     Raises:
@@ -62,6 +64,7 @@ class ViT(Backbone, VisionTransformer):  # type: ignore[misc]  # it takes a patc
         patch_size: Size = 16,
         pos_embed: Positions = "learn",
         pos_grid: Size | None = None,
+        extend: int = 1,
         **kwargs: Any,
     ) -> None:
         check_choice("pos_embed", pos_embed, ("learn", "sincos", "none"))
@@ -79,7 +82,7 @@ class ViT(Backbone, VisionTransformer):  # type: ignore[misc]  # it takes a patc
             img_size=img_size,
             patch_size=patch_size,
             pos_embed="learn" if pos_embed == "learn" else "none",
-            embed_layer=PatchEmbed,
+            embed_layer=partial(PatchEmbed, extend=extend),
             **kwargs,
         )
         self.positions = pos_embed

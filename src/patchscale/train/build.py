@@ -62,6 +62,7 @@ def size_arguments(recipe: Recipe) -> dict[str, Any]:
         "patch_size": recipe.patch_size,
         "embed_dim": recipe.embed_dim,
         "depth": recipe.depth,
+        "extend": recipe.extend if recipe.extend != 1 else None,
     }
     if recipe.patch_sizes:
         check_model_name(recipe.model)

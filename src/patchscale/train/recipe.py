@@ -40,6 +40,9 @@ class Recipe:
     patch_sizes: tuple[int, ...] = ()
     """One model for several patch sizes: each step draws one of these. The patch embedding is kept at patch_size, by
     default the largest of them, and resized in passing; positions are kept on the grid of the smallest."""
+    extend: int = 1
+    """Interpolate the tokens to so many times the rows and columns: as many as smaller patches give, with no more to
+    see (the control of Scaling Laws in Patchification, Table 5)."""
     embed_dim: int | None = None
     """Width; by default the model's."""
     depth: int | None = None
@@ -164,7 +167,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         counts = ("epochs", "global_batch", "device_batch", "repeated_aug", "devices", "nodes", "keep_epochs")
-        for name in (*counts, "lr", "layer_decay"):
+        for name in (*counts, "extend", "lr", "layer_decay"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{_flag(name)} is {value}, expected more than 0")
@@ -176,6 +179,8 @@ class Recipe:
                 raise UserError(f"{_flag(name)} is {getattr(self, name)}, expected 0 to 1")
         if any(size < 1 for size in self.patch_sizes):
             raise UserError(f"--patch-sizes is {' '.join(map(str, self.patch_sizes))}, expected pixels, 1 or more each")
+        if self.extend > 1 and self.patch_sizes:
+            raise UserError("--extend is for one patch size: leave out --patch-sizes")
         if (self.distillation == "none") != (self.teacher is None):
             raise UserError(
                 f"--distillation is {self.distillation} and --teacher is {self.teacher}: learning from a teacher needs "
