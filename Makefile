@@ -6,7 +6,8 @@ BIN := .venv/bin
 .PHONY: demo test proofs lint clean
 
 demo: .venv/installed
-	$(BIN)/python examples/digits.py
+	$(BIN)/patchscale sweep --study studies/digits.toml --output demo_output
+	$(BIN)/patchscale report demo_output --out demo_output/report.html
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
