@@ -483,6 +483,26 @@ def fit(
     run(results, of, axis, confidence, coarse, _out)
 
 
+def report(
+    results: tyro.conf.Positional[Path],
+    out: Path = Path("report.html"),
+    confidence: float = 0.9,
+    data: str | None = None,
+) -> None:
+    """Write one page about a study that opens anywhere: law, cost, frontier, samples, settings and the data.
+
+    Args:
+        results: A file of results (.jsonl or .csv), or a study's folder.
+        out: The page; its figures are written beside it as SVG and PNG.
+        confidence: Of all intervals.
+        data: Where to take sample images from, if not where the results say, such as cifar100:PATH.
+    """
+    from patchscale.scaling.report import write_report
+
+    for path in write_report(results, out, confidence, data):
+        _out.print(f"wrote {path}", highlight=False)
+
+
 def env() -> None:
     """Print versions, devices, and the implementation that each operator will use and why."""
     from importlib.metadata import version
@@ -521,6 +541,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "bench": bench,
     "fit": fit,
+    "report": report,
     "env": env,
 }
 

@@ -42,13 +42,13 @@ def made_up_cell(patch: int = 4, seed: int = 0, width: int = 64, img_size: int =
     return Cell(**(values | changes))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cell():
     """Makes one run."""
     return made_up_cell
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def study():
     """Patch 16 to 1 with three seeds; patch 16 at more widths and another image size."""
     cells = [made_up_cell(patch, seed) for patch in (16, 8, 4, 2, 1) for seed in range(3)]

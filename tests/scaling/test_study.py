@@ -70,7 +70,7 @@ def test_a_step_reads_between_the_runs_and_never_beyond(cell):
     (step,) = steps(find_series(groups)[0], groups)
     # 128 lies between 96 and 192; halfway in log FLOPs 96 to 192 would be 136.
     assert 100 / 64 - 100 / 96 - 0.3 < step.width.points < 100 / 64 - 100 / 192 + 0.3
-    assert step.resolution == "is not known: no run of more at patch 8"
+    assert step.resolution == "is not known: nothing larger was run at patch 8"
     narrow = [group for group in groups if group.first.width != 192]
     (step,) = steps(find_series(narrow)[0], narrow)
     assert step.width == "is not known: the largest run at patch 8 takes 2.2 times the compute"
@@ -81,7 +81,9 @@ def test_a_step_owns_up_to_what_the_seeds_cannot_tell(cell):
     groups = group_cells(cells)
     (step,) = steps(find_series(groups)[0], groups)
     assert "changes nothing that these seeds can tell (+0.1 ± " in str(step)
-    assert "what width or resolution does for the same compute is not known: no run of more at patch 8." in str(step)
+    assert "what width or resolution does for the same compute is not known: nothing larger was run at patch 8." in str(
+        step
+    )
     alone = group_cells([c for c in cells if c.seed == 0])
     (step,) = steps(find_series(alone)[0], alone)
     assert "buys 0.1 points (a single run: no interval)" in str(step)

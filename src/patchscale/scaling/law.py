@@ -30,6 +30,8 @@ _STEEPEST = 20.0
 _CLIP = 5.0
 _LACK_OF_FIT = 0.05
 _SAME_AICC = 2.0
+# An L_inf of this share of the lowest loss is 0 for all that anyone will measure.
+_NOTHING = 1e-3
 
 
 class Prediction(NamedTuple):
@@ -198,7 +200,7 @@ def fit_law(
             fit.l_inf,
             fit.a / fit.reference**fit.alpha,
             fit.alpha,
-            _intervals(redrawn, fit.reference, confidence),
+            _intervals(redrawn, fit, confidence),
             fit.sse,
             aicc[name],
             relative[name] / sum(relative.values()),
@@ -465,14 +467,16 @@ def _interval(drawn: Array, confidence: float) -> tuple[Array, Array]:
     return low, high
 
 
-def _intervals(draws: Array, reference: float, confidence: float) -> dict[str, tuple[float, float]]:
+def _intervals(draws: Array, fit: _Fit, confidence: float) -> dict[str, tuple[float, float]]:
     names = ("L_inf", "A", "alpha")
     if not len(draws):
         return dict.fromkeys(names, (math.nan, math.nan))
-    at_one = draws[:, 1] * reference ** -draws[:, 2]
+    at_one = draws[:, 1] * fit.reference ** -draws[:, 2]
     columns = np.stack([draws[:, 0], at_one, draws[:, 2]], 1)
     low, high = _interval(columns, confidence)
-    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
+    # Refits to all but exact points are coarser than the fit: without this its constants could lie outside.
+    own = (fit.l_inf, fit.a * fit.reference**-fit.alpha, fit.alpha)
+    return {name: (min(float(low[i]), own[i]), max(float(high[i]), own[i])) for i, name in enumerate(names)}
 
 
 def _floor(losses: Array) -> float:
@@ -539,7 +543,7 @@ def _judge(
         reasons.append("there are as many constants as runs, and nothing tells how far one run scatters")
     else:
         share = f"{confidence:.0%}"
-        if low <= 1e-6 * min(means):
+        if low <= _NOTHING * min(means):
             reasons.append(f"its {share} interval, 0 to {high:.3g}, reaches 0")
         if high - low > max(means) - min(means):
             reasons.append(f"its {share} interval is wider than the losses' range, {max(means) - min(means):.3g}")

@@ -272,7 +272,7 @@ def _instead(
     if cell.held == "flops":
         return "is not a question here, where all trainings take the same"
     if not others:
-        return f"is not known: no run of more at patch {cell.patch_size}"
+        return f"is not known: nothing larger was run at patch {cell.patch_size}"
     ladder = sorted([start, *others], key=lambda group: group.flops)
     if ladder[-1].flops < 0.98 * budget:  # rounding of what was meant to be equal is not "beyond the runs"
         most = ladder[-1].flops / start.flops
