@@ -234,7 +234,7 @@ def _cost_section(groups: Sequence[Group], confidence: float) -> str:
         cell = group.first
         rows.append(
             [
-                f"{html.escape(figures.group_label(group, groups))}{' <b title=frontier>◆</b>' if best[id(group)] else ''}",
+                html.escape(figures.group_label(group, groups)) + " <b title=frontier>◆</b>" * best[id(group)],
                 f"{cell.tokens:,}",
                 figures.amount(cell.parameters),
                 figures.amount(cell.flops_forward),
@@ -292,13 +292,13 @@ def _frontier_section(groups: Sequence[Group], confidence: float, pictures: list
 
 def _controls_section(every: Sequence[Series], confidence: float, pictures: list[figures.Picture]) -> str:
     controls = [series for series in every if series.first.control != "scale"]
-    if not controls:
-        return ""
+    if not any(len(series.groups) > 1 for series in controls):
+        return ""  # single points are on the frontier's figure
     base = next((series for series in every if series.first.control == "scale"), None)
     shown = ([base] if base else []) + controls
     alt = "Top-1 accuracy over tokens, for finer patches and for controls"
     picture = figures.draw("controls", alt, figures.by_tokens(shown[: figures.SERIES_COLOURS], confidence))
-    caption = "scale: finer patches. extend: a coarse patch's tokens interpolated to as many. length: smaller images."
+    caption = "scale: finer patches of the same image; the others are the study's controls."
     return _section("Is it the patch, or the tokens?", _figure(picture, caption, pictures))
 
 

@@ -60,7 +60,6 @@ class Run:
     recipe: str
     """The name of the recipe that it was made from, or nothing."""
     stages: dict[str, Recipe]
-    held: Hold = "epochs"
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ class Study:
 
     name: str
     runs: tuple[Run, ...]
+    hold: Hold = "epochs"
 
 
 def read_study(path: Path, changes: dict[str, Any] | None = None, hold: Hold | None = None) -> Study:
@@ -114,7 +114,7 @@ def make_study(content: dict[str, Any], name: str, changes: dict[str, Any] | Non
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
         raise UserError(f"two runs are {twice}: give their arms different controls, or remove one")
-    return Study(content.get("name", name), tuple(_same_flops(runs) if hold == "flops" else runs))
+    return Study(content.get("name", name), tuple(_same_flops(runs) if hold == "flops" else runs), hold)
 
 
 def _runs_of(arm: dict[str, Any], name_control: bool, name_model: bool) -> Iterator[Run]:
@@ -173,7 +173,7 @@ def _same_flops(runs: list[Run]) -> list[Run]:
     costs = [planned_flops(recipe)[1] * recipe.epochs for recipe in recipes]
     most = max(costs)
     return [
-        replace(run, held="flops", stages={stage: replace(recipe, epochs=max(1, round(recipe.epochs * most / cost)))})
+        replace(run, stages={stage: replace(recipe, epochs=max(1, round(recipe.epochs * most / cost)))})
         for run, cost in zip(runs, costs, strict=True)
         for stage, recipe in run.stages.items()
     ]

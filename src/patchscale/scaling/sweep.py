@@ -154,12 +154,12 @@ def collect(study: Study, folder: Path) -> list[Cell]:
     Raises:
         UserError: a folder cannot be read, or written to.
     """
-    cells = [cell_of(study.name, run, folder) for run in study.runs if is_finished(run, folder)]
+    cells = [cell_of(study, run, folder) for run in study.runs if is_finished(run, folder)]
     write_results(folder / FILE, cells)
     return cells
 
 
-def cell_of(study: str, run: Run, folder: Path) -> Cell:
+def cell_of(study: Study, run: Run, folder: Path) -> Cell:
     """What one finished run came to, from the files it left."""
     folders = stage_folders(run, folder)
     states = [read_training_state(f) for f in folders]
@@ -172,7 +172,7 @@ def cell_of(study: str, run: Run, folder: Path) -> Cell:
     with torch.device("meta"):
         model: Any = create_model(last["model_name"], dict(last["model_args"]))
     return Cell(
-        study=study,
+        study=study.name,
         family=re.sub(r"_(tiny|small|base|large|huge)(_.*)?$", "", recipe.model),
         model=recipe.model,
         width=model.embed_dim,
@@ -196,7 +196,7 @@ def cell_of(study: str, run: Run, folder: Path) -> Cell:
         data=recipe.data,
         recipe=run.recipe,
         control=run.control,
-        held=run.held,
+        held=study.hold,
         val_images=last["scores"]["images"],
         ema_top1=row.get("ema_top1"),
         ema_val_loss=row.get("ema_val_loss"),
