@@ -74,19 +74,24 @@ def fit(
 def results_table(cells: Sequence[Cell]) -> Table:
     """A line for the runs that differ in their seed alone: what they reached, and what that cost."""
     groups = group_cells(cells)
-    table = Table(caption="+- is the standard error over the seeds; cost is that of all the training, in FLOPs")
-    table.add_column("runs")
-    for name in ("seeds", "patch", "tokens", "top-1 %", "test loss", "MFLOP an image", "training", "cost"):
-        table.add_column(name, justify="right")
+    words = [_what_runs(group.first) for group in groups]
+    several = len(set(words)) > 1
+    table = Table(
+        title=None if several else words[0],
+        caption="+- is the standard error over seeds; cost is of all training, in FLOPs",
+    )
+    if several:
+        table.add_column("runs")
+    for name in ("patch", "tokens", "seeds", "top-1 %", "test loss", "MFLOP", "time", "cost"):
+        table.add_column(name, justify="right", no_wrap=True)
     cheapest = min(group.flops for group in groups)
-    for group in groups:
+    for text, group in zip(words, groups, strict=True):
         cell = group.first
-        size = "" if cell.control in ("scale", "length") else f"{cell.control}, "
         table.add_row(
-            f"{size}{cell.family}, width {cell.width}, {cell.img_size} px",
-            str(len(group.cells)),
+            *[text] * several,
             str(cell.patch_size),
             f"{cell.tokens:,}",
+            str(len(group.cells)),
             _with_error(group.top1, 1),
             _with_error(group.loss, 3),
             f"{cell.flops_forward / 1e6:,.3g}",
@@ -94,6 +99,11 @@ def results_table(cells: Sequence[Cell]) -> Table:
             f"{group.flops / cheapest:.1f}x",
         )
     return table
+
+
+def _what_runs(cell: Cell) -> str:
+    control = "" if cell.control in ("scale", "length") else f"{cell.control}: "
+    return f"{control}{cell.family}, width {cell.width}, {cell.img_size} px"
 
 
 def _with_error(mean: Mean, digits: int) -> str:
