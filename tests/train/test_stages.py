@@ -111,7 +111,7 @@ def test_warm_up_warms_up(name):
     late = recipe.schedule == "published"
     peak = int(recipe.warmup_epochs) + late
     assert rates[1 + late : peak] == sorted(rates[1 + late : peak])
-    assert max(rates) == pytest.approx(peak_lr(recipe), rel=0.02)  # the cosine is counted from the first step
+    assert max(rates) == pytest.approx(peak_lr(recipe), rel=0.03)  # the cosine is counted from the first step
     assert abs(rates.index(max(rates)) - peak) <= 1
     assert rates[-1] < 0.02 * peak_lr(recipe)
 
