@@ -44,13 +44,13 @@ def test_controls_and_equal_flops_are_series_of_their_own(cell):
     cells = [cell(patch) for patch in (16, 8, 4)]
     cells += [replace(c, control="extend", patch_size=16) for c in cells[1:]]
     cells += [replace(c, held="flops", epochs=e) for c, e in zip(cells[:3], (64, 16, 4), strict=True)]
-    cells += [replace(c, control="fixed length", img_size=8 * p) for c, p in zip(cells[:3], (4, 2, 1), strict=True)]
+    cells += [replace(c, control="length", img_size=8 * p) for c, p in zip(cells[:3], (4, 2, 1), strict=True)]
     found = {(s.first.control, s.first.held): len(s.groups) for s in find_series(group_cells(cells))}
     assert found == {
         ("scale", "epochs"): 3,
         ("extend", "epochs"): 2,
         ("scale", "flops"): 3,
-        ("fixed length", "epochs"): 3,
+        ("length", "epochs"): 3,
     }
 
 

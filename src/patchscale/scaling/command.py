@@ -13,6 +13,7 @@ from patchscale.scaling.published import ASSUMED_NOISE, fitted_panels, scored_ac
 from patchscale.scaling.results import Cell, read_results
 from patchscale.scaling.study import (
     UNITS,
+    Group,
     Mean,
     Quantity,
     find_series,
@@ -60,15 +61,19 @@ def fit(
         if series.patches[-1] > 1:
             patch = max(series.patches[-1] // 2, 1)
             console.print(outlook(series, patch, confidence), highlight=False)
+    for data in dict.fromkeys(group.first.data for group in groups):
+        console.print(_frontier_table(data, [group for group in groups if group.first.data == data]))
+
+
+def _frontier_table(data: str, groups: Sequence[Group]) -> Table:
     marked = pareto([group.flops for group in groups], [group.top1.value for group in groups])
-    frontier = Table(
-        "training FLOPs", "top-1 %", "patch", "width", "image", title="\nno other run is cheaper and better"
-    )
+    title = f"\n{data}: no other run is cheaper and better"
+    table = Table("training FLOPs", "top-1 %", "patch", "width", "image", "family", title=title)
     for group in sorted((g for g, best in zip(groups, marked, strict=True) if best), key=lambda g: g.flops):
         cell = group.first
         row = (f"{group.flops:.2e}", f"{group.top1.value:.1f}", cell.patch_size, cell.width, f"{cell.img_size} px")
-        frontier.add_row(*map(str, row))
-    console.print(frontier)
+        table.add_row(*map(str, row), cell.family)
+    return table
 
 
 def results_table(cells: Sequence[Cell]) -> Table:

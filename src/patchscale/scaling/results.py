@@ -64,7 +64,7 @@ class Cell:
     recipe: str = ""
     """Its name, where it has one."""
     control: str = "scale"
-    """scale: patches of this size. fixed length: the image shrinks with the patch, at one number of tokens. Others as a
+    """scale: patches of this size. length: the image shrinks with the patch, at one number of tokens. Others as a
     study names them; the law is of scale alone."""
     held: str = "epochs"
     """What patch sizes are compared at: epochs, or flops (of the whole training)."""

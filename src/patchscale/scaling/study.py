@@ -83,9 +83,9 @@ class Series:
     def name(self) -> str:
         """In words."""
         cell = self.first
-        size = "image shrinking with the patch" if cell.control == "fixed length" else f"{cell.img_size} px"
+        size = "image shrinking with the patch" if cell.control == "length" else f"{cell.img_size} px"
         words = f"{cell.study}: {cell.family}, width {cell.width}, {cell.depth} blocks, {size}"
-        if cell.control not in ("scale", "fixed length"):
+        if cell.control not in ("scale", "length"):
             words += f", {cell.control}"
         return words + (", equal training FLOPs" if cell.held == "flops" else f", {cell.epochs} epochs")
 
@@ -108,7 +108,7 @@ def find_series(groups: Sequence[Group]) -> list[Series]:
     found: dict[tuple[object, ...], list[Group]] = {}
     for group in groups:
         cell = group.first
-        size = None if cell.control == "fixed length" else cell.img_size
+        size = None if cell.control == "length" else cell.img_size
         epochs = cell.epochs if cell.held == "epochs" else None
         shape = cell.family, cell.width, cell.depth
         key = (cell.study, cell.control, cell.held, cell.data, cell.train_images, size, epochs, *shape)
