@@ -40,14 +40,14 @@ def test_arms_have_their_own_fields_and_controls():
             "all": TINY | {"patch_size": [4, 2]},
             "arm": [
                 {"control": "scale"},
-                {"control": "fixed length", "tokens_a_side": 4},
+                {"control": "length", "tokens_a_side": 4},
                 {"control": "width", "patch_size": 4, "embed_dim": [64, 128]},
             ],
         },
         "s",
     )  # fmt: skip
     assert [r.name for r in study.runs] == [
-        "scale-patch4", "scale-patch2", "fixed_length-patch4", "fixed_length-patch2", "width-width64", "width-width128",
+        "scale-patch4", "scale-patch2", "length-patch4", "length-patch2", "width-width64", "width-width128",
     ]  # fmt: skip
     assert [r.stages["train"].img_size for r in study.runs] == [8, 8, 16, 8, 8, 8]
 

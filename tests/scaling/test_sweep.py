@@ -130,7 +130,7 @@ def test_a_stopped_sweep_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
             time.sleep(0.05)
 
     whole = start(tmp_path / "whole")
-    assert whole.wait(200) == 0, whole.stderr.read()
+    assert whole.wait(400) == 0, whole.stderr.read()
 
     first = start(tmp_path / "parts")
     wait_for("runs/*/*/last.pt", 2)
@@ -148,7 +148,7 @@ def test_a_stopped_sweep_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     second.communicate()
 
     last = start(tmp_path / "parts")
-    out, said = last.communicate(timeout=200)
+    out, said = last.communicate(timeout=400)
     assert last.returncode == 0, said
     assert "2 runs in" in out
     for cell, expected in zip(read_results(tmp_path / "parts"), read_results(tmp_path / "whole"), strict=True):

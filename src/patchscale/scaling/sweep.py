@@ -256,8 +256,7 @@ class _Pool:
         """Each run saves and ends; a second signal ends it at once, as it would alone."""
         self.asked_to_stop += 1
         for _, process, _, _ in self.running.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGTERM)
+            _terminate(process)
 
     def start(self, state: State) -> None:
         """Start a run, on a GPU of its own where there are GPUs."""
@@ -270,6 +269,8 @@ class _Pool:
         process.start()
         state.state = "running"
         self.running[state.run.name] = state, process, time.monotonic(), slot
+        if self.asked_to_stop:  # while it was starting
+            _terminate(process)
 
     def turn(self) -> bool:
         """Take in what runs say for a moment; True when one has ended."""
@@ -294,6 +295,11 @@ class _Pool:
                 state.state = "failed"
                 state.error = state.error or f"its process ended with status {process.exitcode}"
         return bool(ended)
+
+
+def _terminate(process: Any) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGTERM)
 
 
 def _run(run: Run, folder: Path, device: str | None, threads: int, told: Any) -> None:
