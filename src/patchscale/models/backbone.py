@@ -96,9 +96,22 @@ class Backbone(nn.Module):
         update_model_input_size(self, self.patch_embed.img_size, patch_size=self.patch_embed.patch_size)
         update_model_args(self, pos_grid=None if self.pos_grid == grid else self.pos_grid)
 
-    def forward_features(self, x: Tensor, patch_size: Size | None = None) -> Tensor:
-        """(batch, channels, height, width) -> (batch, tokens, embed_dim), normed, the class token at its end."""
+    def forward_features(self, x: Tensor, patch_size: Size | None = None, visible: Tensor | None = None) -> Tensor:
+        """(batch, channels, height, width) -> (batch, tokens, embed_dim), normed, the class token at its end.
+
+        Args:
+            x: images.
+            patch_size: as in :meth:`forward`.
+            visible: (batch, kept), which patches of each image enter the blocks, by their number in reading order and
+                in that order; all if None. They have the positions that they have in the image, and nothing else
+                tells where the others would have been.
+
+        Raises:
+            UserError: as :meth:`forward`; or some patches alone of images that are cut over a ``sequence_group``.
+        """
         x = self.embed(x, patch_size)
+        if visible is not None:
+            x = self._keep(x, visible)
         blocks, norm = self.trunk()
         for block in blocks:
             x = self._run(block, x)
@@ -204,6 +217,13 @@ class Backbone(nn.Module):
         """(batch, tokens, embed_dim) -> the patches, and the class token and its like, whichever end it stands at."""
         first, last = self.num_prefix_tokens, x.shape[1] - self.num_suffix_tokens
         return x[:, first:last], x[:, :first] if first else x[:, last:]
+
+    def _keep(self, x: Tensor, visible: Tensor) -> Tensor:
+        if not self.holds_whole_images:
+            raise UserError("the patches are cut over a sequence_group: some of them alone cannot be chosen there")
+        patches, others = self.split_tokens(x)
+        patches = patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[2]))
+        return torch.cat([others, patches] if self.num_prefix_tokens else [patches, others], dim=1)
 
     @property
     def holds_whole_images(self) -> bool:

@@ -26,6 +26,13 @@ class Scores:
     loss: float
     images: int
 
+    @property
+    def quality(self) -> float:
+        return self.top1
+
+    def to_row(self) -> dict[str, float]:
+        return {"top1": self.top1, "top5": self.top5, "val_loss": self.loss}
+
     def __str__(self) -> str:
         return f"top-1 {self.top1:.2f}%, top-5 {self.top5:.2f}%, loss {self.loss:.4f} over {self.images:,} images"
 
@@ -47,6 +54,8 @@ class Classification:
     Raises:
         UserError: a smoothing outside [0, 1), a negative alpha, an odd ``mixup_batch``, an unknown loss.
     """
+
+    scores_type = Scores
 
     def __init__(
         self,
@@ -140,6 +149,9 @@ class Classification:
             raise UserError("there is no readable image to evaluate on")
         top1, top5 = (100 * accuracy.compute().item() for accuracy in best_of)
         return Scores(top1, top5, mean_loss.compute().item(), images_seen)
+
+    def picture(self, model: nn.Module, images: Tensor, mean: Any, std: Any) -> None:
+        """There is nothing to see."""
 
 
 def _float(logits: Tensor) -> Tensor:
