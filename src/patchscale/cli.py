@@ -29,7 +29,7 @@ Which = Literal["model", "ema"]
 
 @dataclass(frozen=True)
 class Train:
-    """Train a classifier, by flags or by a recipe of one or more stages."""
+    """Train a classifier, or a masked autoencoder, by flags or by a recipe of one or more stages."""
 
     settings: tyro.conf.OmitArgPrefixes[Recipe]
     recipe: str | None = None
@@ -395,7 +395,9 @@ def predict(
     with torch.inference_mode():
         tokens, (last,) = model.forward_intermediates(tensor, 1, norm=True)
         logits = model.forward_head(tokens).float()
-    if logits.shape[1]:
+    if not model.num_classes and features is None:
+        raise UserError(f"{weights} has no classifier: give --features FILE for its tokens, or train one from it")
+    if model.num_classes:
         names = loaded.classes or _imagenet_names(logits.shape[1])
         for share, index in zip(*logits.softmax(1)[0].topk(min(top, logits.shape[1])), strict=True):
             _out.print(f"{100 * share:6.2f}%  {names[index]}", highlight=False)

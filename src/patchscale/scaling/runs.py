@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchscale.data.sources import Source, open_source
 from patchscale.errors import UserError, first_line
-from patchscale.train.build import create_model, model_arguments
+from patchscale.train.build import create_model, model_arguments, trained_module
 from patchscale.train.recipe import Recipe, fits
 from patchscale.train.stages import read_recipe_file
 
@@ -144,6 +144,8 @@ def _runs_of(arm: dict[str, Any], name_control: bool, name_model: bool) -> Itera
             for name in ("model", "data"):
                 _needed(given, name)
             made[stage] = Recipe.from_dict(given)
+        if made[stage].task != "classification":
+            raise UserError(f"a study compares classifiers: the last stage's task is {made[stage].task}")
         words = [control] * name_control + [fields.get("model", "").partition("_patch")[0]] * name_model
         words += [f"{_SHORT.get(k, k)}{v}" for k, v in chosen.items()]
         name = "-".join(re.sub(r"[^\w.]+", "_", word) for word in words) or "run"
@@ -184,8 +186,9 @@ def planned_flops(recipe: Recipe) -> tuple[float, float]:
     sources = _open(recipe.data)
     with torch.device("meta"):
         model = create_model(recipe.model, model_arguments(recipe, sources))
+        module = trained_module(recipe, model)
     height, width = to_2tuple(recipe.img_size or model.pretrained_cfg["input_size"][-1])  # type: ignore[index]
-    return count_flops(model, sources.channels, (height, width))
+    return count_flops(module, sources.channels, (height, width))
 
 
 _sources: dict[str, Source] = {}
@@ -214,6 +217,7 @@ def count_flops(model: nn.Module, channels: int, img_size: tuple[int, int]) -> t
         model.train(training)
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
             out = model(image)
+            out = out[0] if isinstance(out, tuple) else out
             if training:
                 out.sum().backward()
         counts.append(float(counter.get_total_flops()))

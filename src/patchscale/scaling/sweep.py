@@ -26,7 +26,7 @@ from patchscale.errors import INTERRUPTED, Interrupted, TrainingStopped, UserErr
 from patchscale.files import make_folder, write_atomically
 from patchscale.scaling.results import FILE, Cell, write_results
 from patchscale.scaling.runs import Run, Study, count_flops, planned_flops, to_recipe_file
-from patchscale.train.build import create_model
+from patchscale.train.build import create_model, trained_module
 from patchscale.train.checkpoint import LAST, read_training_state
 from patchscale.train.describe import RUN as RUN_RECORD
 from patchscale.train.device import keep_freed_memory
@@ -208,6 +208,7 @@ def _flops_of(state: dict[str, Any]) -> tuple[float, float]:
     preprocessing = state["preprocessing"]
     with torch.device("meta"):
         model = create_model(state["model_name"], dict(state["model_args"]))
+        model = trained_module(Recipe.from_dict(state["recipe"]), model)
     return count_flops(model, preprocessing["channels"], tuple(preprocessing["img_size"]))
 
 
@@ -327,7 +328,8 @@ def _run(run: Run, folder: Path, device: str | None, threads: int, told: Any) ->
             told.put((run.name, {"share": epochs / sum(steps), "where": where, "loss": progress.loss}))
 
         def epoch(self, report: EpochReport) -> None:
-            told.put((run.name, {"top1": report.scores.top1, "loss": report.scores.loss}))
+            row = report.to_dict()
+            told.put((run.name, {"top1": row.get("top1"), "loss": row["val_loss"]}))
 
     stages = {n: r if device is None or r.device else replace(r, device=device) for n, r in run.stages.items()}
     try:

@@ -25,13 +25,11 @@ class Scores(Protocol):
 
 
 class Task(Protocol):
-    """What the training loop asks of a task.
+    """What the training loop asks of a task."""
 
-    Attributes:
-        scores_type: makes scores of the fields that a checkpoint holds.
-    """
-
-    scores_type: Callable[..., Any]
+    @property
+    def scores_type(self) -> Callable[..., Any]:
+        """Makes scores of the fields that a checkpoint holds."""
 
     def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A step's images (n, channels, height, width) and labels (n,), as the loss takes them: (n, ...) each.

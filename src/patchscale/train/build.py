@@ -25,8 +25,10 @@ from patchscale.models.published import FAMILIES, evaluation_crop
 from patchscale.models.tokens import grid_size
 from patchscale.models.weight_files import fill, read_checkpoint
 from patchscale.models.weights import flip_warning, load_weights
+from patchscale.tasks import Task
 from patchscale.tasks.classification import Classification
 from patchscale.tasks.distillation import Distillation, Teacher
+from patchscale.tasks.masked_autoencoding import MaskedAutoencoder, MaskedAutoencoding
 from patchscale.train.checkpoint import load_model
 from patchscale.train.device import default_workers
 from patchscale.train.recipe import Recipe
@@ -46,8 +48,9 @@ def model_arguments(recipe: Recipe, source: Source) -> dict[str, Any]:
     Raises:
         UserError: as :func:`size_arguments`.
     """
-    given = {"flip": recipe.flip, "drop_path_rate": recipe.drop_path or None}
-    fixed = {"num_classes": len(source.classes), "in_chans": source.channels} | size_arguments(recipe)
+    given = {"flip": recipe.flip, "drop_path_rate": recipe.drop_path or None, "pos_embed": recipe.pos_embed}
+    classes = len(source.classes) if recipe.task == "classification" else 0
+    fixed = {"num_classes": classes, "in_chans": source.channels} | size_arguments(recipe)
     return fixed | {name: value for name, value in given.items() if value is not None}
 
 
@@ -171,8 +174,21 @@ def make_decoder(recipe: Recipe, preprocessing: Preprocessing, device: torch.dev
     return Decoder(preprocessing, {n: getattr(recipe, n) for n in names} if training else None, device)
 
 
-def make_task(recipe: Recipe, num_classes: int, teacher: nn.Module | None) -> Classification:
-    """The recipe's loss and mixing."""
+def trained_module(recipe: Recipe, model: nn.Module) -> nn.Module:
+    """What the recipe's task trains: the model, or a module that holds it as its ``backbone``.
+
+    Raises:
+        UserError: the model is not one for the task.
+    """
+    if recipe.task == "classification":
+        return model
+    return MaskedAutoencoder(model, recipe.mask_ratio, recipe.decoder_dim, recipe.decoder_depth)
+
+
+def make_task(recipe: Recipe, module: nn.Module, num_classes: int, teacher: nn.Module | None) -> Task:
+    """The recipe's loss, mixing and metrics, for what :func:`trained_module` gave."""
+    if isinstance(module, MaskedAutoencoder):
+        return MaskedAutoencoding(module)
     distillation = None
     if teacher is not None and recipe.distillation != "none":
         distillation = Distillation(teacher, recipe.distillation, recipe.distillation_alpha, recipe.distillation_tau)

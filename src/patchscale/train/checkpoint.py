@@ -22,6 +22,7 @@ from patchscale.files import write_atomically
 from patchscale.models.published import evaluation_crop
 from patchscale.models.weight_files import Checkpoint, Which, read_checkpoint, read_pickle
 from patchscale.models.weights import create_from_checkpoint
+from patchscale.tasks.masked_autoencoding import MaskedAutoencoder
 from patchscale.train.recipe import Recipe
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
@@ -113,6 +114,31 @@ def read_training_state(path: Path, note: Callable[[str], None] = lambda text: N
     )
 
 
+_BACKBONE = "backbone."
+
+
+def split_weights(module: nn.Module, weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The weights of the model, by the names that they have in any task, and those that the run's task adds to it.
+
+    So the weights of every run load as those of a model. A module that is more than the model holds it as ``backbone``.
+
+    Args:
+        module: what is trained.
+        weights: its state dict.
+    """
+    if not isinstance(module, MaskedAutoencoder):
+        return weights, {}
+    model = {k.removeprefix(_BACKBONE): v for k, v in weights.items() if k.startswith(_BACKBONE)}
+    return model, {k: v for k, v in weights.items() if not k.startswith(_BACKBONE)}
+
+
+def join_weights(module: nn.Module, weights: dict[str, Any], added: dict[str, Any] | None) -> dict[str, Any]:
+    """The inverse of :func:`split_weights`."""
+    if not isinstance(module, MaskedAutoencoder):
+        return weights
+    return {_BACKBONE + k: v for k, v in weights.items()} | (added or {})
+
+
 class LoadedModel(NamedTuple):
     """A model with its weights and what is needed to use it."""
 
@@ -153,3 +179,21 @@ def load_model(weights: str, which: Which = "model", flip: str | None = None) ->
         crop = evaluation_crop(max(patch_embed.patch_size), max(size))
         preprocessing = Preprocessing((size[0], size[1]), channels, config["mean"], config["std"], crop)
     return LoadedModel(model.eval(), checkpoint, preprocessing, None if classes is None else tuple(classes))
+
+
+def load_autoencoder(loaded: LoadedModel, which: Which = "model") -> MaskedAutoencoder | None:
+    """The masked autoencoder that a model was trained in, with its decoder; None if it was not, or if that is lost.
+
+    Raises:
+        UserError: the decoder's weights do not fit.
+    """
+    recipe = loaded.recipe
+    added = (loaded.checkpoint.extra.get("task") or {}).get(which)
+    if recipe is None or recipe.task != "masked-autoencoding" or not added:
+        return None
+    whole = MaskedAutoencoder(loaded.model, recipe.mask_ratio, recipe.decoder_dim, recipe.decoder_depth).eval()
+    try:
+        whole.load_state_dict(join_weights(whole, loaded.model.state_dict(), added))
+    except RuntimeError as e:
+        raise UserError(f"{loaded.checkpoint.path} does not fit its recipe: {str(e).splitlines()[-1].strip()}") from e
+    return whole

@@ -16,8 +16,9 @@ from patchscale.models.adventurer import FLIP_RULES, Adventurer, Flip
 from patchscale.models.tokens import grid_size
 from patchscale.models.weight_files import Which
 from patchscale.tasks.classification import Classification, Scores
+from patchscale.tasks.masked_autoencoding import MaskedAutoencoding
 from patchscale.train.build import make_loader, refuse_or_note
-from patchscale.train.checkpoint import load_model
+from patchscale.train.checkpoint import load_autoencoder, load_model
 from patchscale.train.device import autocast, resolve_device
 from patchscale.train.speed import forward_flops
 
@@ -28,8 +29,9 @@ FLIP_TRIAL_IMAGES = 500
 class Evaluation:
     """What :func:`evaluate` found."""
 
-    scores: Scores
-    recorded: Scores | None
+    scores: Any
+    """:class:`~patchscale.tasks.classification.Scores` of a classifier, or those of its own task."""
+    recorded: Any
     """What training found for the same weights, if they come from a run."""
     flip_trials: dict[Flip, Scores]
     """With ``flip="auto"``: each rule's scores on the first images."""
@@ -98,12 +100,17 @@ def evaluate(
     if patch_sizes and not hasattr(loaded.model, "set_input_size"):
         raise UserError(f"{weights} holds a {type(loaded.model).__name__}, whose patch size cannot be changed")
     recipe = loaded.recipe
+    painter = load_autoencoder(loaded, which)
+    if painter is not None and (flip == "auto" or patch_sizes):
+        raise UserError(f"{weights} is of masked autoencoding: --flip auto and --patch-size are for classifiers")
     if data is None and recipe is None:
         raise UserError(f"{weights} does not say what data it was trained on: give --data")
     if limit is None and recipe is not None and data in (None, recipe.data):
         limit = recipe.val_limit
     source = open_source(data or recipe.data, "val", limit or None)
-    if len(source.classes) != loaded.model.num_classes:
+    if painter is None and loaded.model.num_classes == 0:
+        raise UserError(f"{weights} has no classifier: train one, with --weights {weights}")
+    if painter is None and len(source.classes) != loaded.model.num_classes:
         raise UserError(f"the model has {loaded.model.num_classes} classes, the data {len(source.classes)}")
     if source.channels != loaded.preprocessing.channels:
         raise UserError(f"the model takes {loaded.preprocessing.channels} channels, the data has {source.channels}")
@@ -112,10 +119,10 @@ def evaluate(
     batch_size = batch_size or (recipe.images_at_once if recipe else 64)
     precision = precision or (recipe.precision if recipe else "32-true")
     dtype = torch.float64 if precision == "64-true" else torch.float32
-    model: Any = loaded.model.to(place, dtype)
-    task = Classification(len(source.classes))
+    model: Any = (painter or loaded.model).to(place, dtype)
+    task = Classification(len(source.classes)) if painter is None else MaskedAutoencoding(painter)
 
-    def score(images: Source, model: nn.Module) -> Scores:
+    def score(images: Source, model: nn.Module) -> Any:
         loader = make_loader(images, loaded.preprocessing.transform(), batch_size, workers, place)
         with autocast(place, precision):
             return task.evaluate(model, _batches(loader, place, dtype, skip_unreadable, note, progress))
@@ -139,9 +146,8 @@ def evaluate(
         seconds = (time.perf_counter() - start) / found.images
         by_patch.append(AtPatch(size, rows * columns, forward_flops(resized, loaded.preprocessing), seconds, found))
     scores = by_patch[0].scores if by_patch else score(source, model)
-    return Evaluation(
-        scores, Scores(**recorded) if recorded else None, trials, getattr(model, "flip", None), tuple(by_patch)
-    )
+    before = task.scores_type(**recorded) if recorded else None
+    return Evaluation(scores, before, trials, getattr(model, "flip", None), tuple(by_patch))
 
 
 def _batches(

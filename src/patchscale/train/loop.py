@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from patchscale.data.sampling import EpochSampler, ShareSampler, draw_patch_size, seed_words
 from patchscale.data.sources import Unreadable
 from patchscale.errors import Interrupted, TrainingStopped, UserError, first_line
-from patchscale.tasks.classification import Scores
+from patchscale.files import make_folder, write_atomically
 from patchscale.train.build import (
     STOP_SIGNALS,
     create_model,
@@ -35,9 +35,10 @@ from patchscale.train.build import (
     refuse_or_note,
     run_folder,
     start_from,
+    trained_module,
     training_transform,
 )
-from patchscale.train.checkpoint import BEST, LAST, read_training_state, save_checkpoint
+from patchscale.train.checkpoint import BEST, LAST, join_weights, read_training_state, save_checkpoint, split_weights
 from patchscale.train.describe import describe_run, plot_curves
 from patchscale.train.logs import Logs
 from patchscale.train.optimiser import Updates, freeze, split_batch
@@ -53,6 +54,8 @@ from patchscale.train.speed import Speed
 
 # Between pictures of the curves, which take a quarter of a second.
 _DRAW_SECONDS = 10.0
+PICTURES = "reconstructions"
+_SHOWN_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -85,15 +88,16 @@ class EpochReport:
     lr: float
     seconds: float
     images_per_second: float
-    scores: Scores
-    ema_scores: Scores | None
+    scores: Any
+    """Of its task: see :class:`patchscale.tasks.Scores`."""
+    ema_scores: Any
 
     def to_dict(self) -> dict[str, Any]:
         """Flat and plain, for JSON."""
         row = {k: v for k, v in asdict(self).items() if not isinstance(v, dict) and v is not None}
         for prefix, scores in (("", self.scores), ("ema_", self.ema_scores)):
             if scores is not None:
-                row |= {f"{prefix}top1": scores.top1, f"{prefix}top5": scores.top5, f"{prefix}val_loss": scores.loss}
+                row |= {prefix + name: value for name, value in scores.to_row().items()}
         return row
 
 
@@ -116,7 +120,7 @@ class Result:
 
     reports: tuple[EpochReport, ...]
     """Of the epochs that ran now; none if the run was finished before."""
-    scores: Scores
+    scores: Any
     """Of the last epoch."""
     folder: Path
     best_epoch: int
@@ -132,7 +136,7 @@ def train(
     override: bool = False,
     command: list[str] | None = None,
 ) -> Result:
-    """Train a classifier as the recipe says.
+    """Train as the recipe says.
 
     The run's folder gets ``recipe.json``, ``run.json``, ``metrics.jsonl``, ``curves.png``, what the trackers write, and
     the checkpoints ``last.pt``, ``previous.pt`` and ``best.pt``. Where the folder holds this run already, it goes on.
@@ -242,14 +246,15 @@ class _Run:
             self.resized = start_from(model, recipe, observer.note)
         if recipe.grad_checkpointing:
             recompute_blocks(model, recipe.keep_products)
-        freeze(model, recipe.freeze)
-        self.dtype = torch.float64 if recipe.precision == "64-true" else torch.float32
-        self.model = model.to(self.device, self.dtype)
-        self.parameters = sum(p.numel() for p in model.parameters())
         self.classes = train_source.classes
         self.preprocessing = preprocessing_for(recipe, model, train_source)
+        module = trained_module(recipe, model)
+        freeze(module, recipe.freeze)
+        self.dtype = torch.float64 if recipe.precision == "64-true" else torch.float32
+        self.model = module.to(self.device, self.dtype)
+        self.parameters = sum(p.numel() for p in module.parameters())
         teacher = make_teacher(recipe, self.classes, self.preprocessing)
-        self.task = make_task(recipe, len(self.classes), teacher and teacher.to(self.device, self.dtype))
+        self.task = make_task(recipe, module, len(self.classes), teacher and teacher.to(self.device, self.dtype))
         on_device = recipe.decode == "device"
         augmented = None if on_device else training_transform(recipe, self.preprocessing)
         evaluated = None if on_device else self.preprocessing.transform()
@@ -262,20 +267,21 @@ class _Run:
         self.unreadable: set[Unreadable] = set()
 
         self.steps_per_epoch = len(self.train_loader)
-        self.speed = Speed(model, self.preprocessing, recipe.precision, processes, recipe.patch_sizes)
+        self.speed = Speed(module, self.preprocessing, recipe.precision, processes, recipe.patch_sizes)
         self.updates = Updates(self.model, recipe, self.steps_per_epoch, processes, parts)
         self.ema = self.updates.ema
         self.step = self.epochs_done = 0  # optimiser steps; epochs that were evaluated too
-        self.best_top1, self.best_epoch = -1.0, 0
+        self.best_quality, self.best_epoch = -math.inf, 0
         self.loss_sum, self.seen, self.seconds = 0.0, 0, 0.0  # of the epoch up to now, over all processes
-        self.scores: Scores | None = None
-        self.ema_scores: Scores | None = None
+        self.scores: Any = None
+        self.ema_scores: Any = None
         self.reports: list[EpochReport] = []
         self.log_state: dict[str, Any] | None = None
         if state is not None:
             self._restore(state)
         self.saved_at, self.saved_step = time.monotonic(), self.step
         self.drawn_at = -math.inf
+        self.first_images: Tensor | None = None
 
     def _state_to_go_on_from(self, resume: Path | None, override: bool) -> dict[str, Any] | None:
         source = resume or (self.folder if (self.folder / LAST).exists() else None)
@@ -435,20 +441,23 @@ class _Run:
         if self.processes.is_first and (epoch == self.recipe.epochs or now - self.drawn_at > _DRAW_SECONDS):
             self.drawn_at = now
             plot_curves(self.folder)
-        better = scores.top1 > self.best_top1
+        self._draw(epoch)
+        better = scores.quality > self.best_quality
         if better:
-            self.best_top1, self.best_epoch = scores.top1, epoch
+            self.best_quality, self.best_epoch = scores.quality, epoch
         keep = self.recipe.keep_epochs is not None and epoch % self.recipe.keep_epochs == 0
         self._save(*([BEST] * better), *([f"epoch_{epoch:04}.pt"] * keep))
         self.observer.epoch(report)
 
-    def _evaluate(self, model: nn.Module, epoch: int) -> Scores:
+    def _evaluate(self, model: nn.Module, epoch: int) -> Any:
         steps = len(self.val_loader)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             start, seen = time.perf_counter(), 0
             for index, (images, labels) in enumerate(self._batches(self.val_loader), start=1):
                 if len(labels):
+                    if self.first_images is None:
+                        self.first_images = images[:_SHOWN_IMAGES]
                     yield images, labels
                 else:  # processes that share weights have to call the model equally often
                     blank = self.preprocessing.channels, *self.preprocessing.img_size
@@ -463,6 +472,18 @@ class _Run:
         with self.processes.fabric.autocast():
             return self.task.evaluate(model, batches())
 
+    def _draw(self, epoch: int) -> None:
+        """Show what the model makes of the first validation images, ten times in a run, if the task has a picture."""
+        if self.first_images is None or (epoch % max(1, self.recipe.epochs // 10) and epoch != self.recipe.epochs):
+            return
+        with self.processes.fabric.autocast():  # by all processes: they may share the weights
+            mean, std = self.preprocessing.mean, self.preprocessing.std
+            picture = self.task.picture(self.model, self.first_images, mean, std)
+        if picture is not None and self.processes.is_first:
+            make_folder(self.folder / PICTURES)
+            path = self.folder / PICTURES / f"epoch_{epoch:04}.png"
+            write_atomically(path, lambda temporary: picture.save(temporary, format="png"))
+
     def _batches(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         decoder = self.decoders[loader is self.val_loader]
         for images, labels, unreadable in loader:
@@ -476,9 +497,14 @@ class _Run:
 
     def _save(self, *others: str) -> None:
         """Write the last checkpoint, and the same under other names, less what is for going on alone."""
+        weights, added = split_weights(self.model, gathered(self.model.state_dict()))
+        average, added_to_average = None, None
+        if self.ema is not None:
+            average, added_to_average = split_weights(self.ema.module, gathered(self.ema.module.state_dict()))
         state = {
-            "model": gathered(self.model.state_dict()),
-            "model_ema": None if self.ema is None else gathered(self.ema.module.state_dict()),
+            "model": weights,
+            "model_ema": average,
+            "task": {"model": added, "ema": added_to_average},
             "optimizer": gathered(self.updates.optimizer.state_dict()),
             "scaler": self.processes.fabric.strategy.precision.state_dict(),
             "step": self.step,
@@ -486,7 +512,7 @@ class _Run:
             "loss_sum": self.loss_sum,
             "seen": self.seen,
             "seconds": self.seconds,
-            "best_top1": self.best_top1,
+            "best_quality": self.best_quality,
             "best_epoch": self.best_epoch,
             "scores": None if self.scores is None else asdict(self.scores),
             "ema_scores": None if self.ema_scores is None else asdict(self.ema_scores),
@@ -506,19 +532,24 @@ class _Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
-            load_weights_whole(self.model, state["model"])
+            added = state.get("task", {})
+            load_weights_whole(self.model, join_weights(self.model, state["model"], added.get("model")))
             load_optimizer_whole(self.updates.optimizer, state["optimizer"])
             if self.ema is not None and state["model_ema"] is not None:
-                load_weights_whole(self.ema.module, state["model_ema"])
+                average = join_weights(self.ema.module, state["model_ema"], added.get("ema"))
+                load_weights_whole(self.ema.module, average)
         except (RuntimeError, ValueError, KeyError) as e:
             raise UserError(f"cannot resume: the checkpoint is of another model: {str(e).splitlines()[-1]}") from e
         if state["scaler"]:
             self.processes.fabric.strategy.precision.load_state_dict(state["scaler"])
         self.step, self.epochs_done = state["step"], state["epoch"]
         self.loss_sum, self.seen, self.seconds = state["loss_sum"], state["seen"], state["seconds"]
-        self.best_top1, self.best_epoch = state["best_top1"], state["best_epoch"]
-        self.scores = None if state["scores"] is None else Scores(**state["scores"])
-        self.ema_scores = None if state["ema_scores"] is None else Scores(**state["ema_scores"])
+        self.best_epoch = state["best_epoch"]
+        # Runs that began when classification was the only task say best_top1.
+        self.best_quality = state["best_quality"] if "best_quality" in state else state["best_top1"]
+        scores_type = self.task.scores_type
+        self.scores = None if state["scores"] is None else scores_type(**state["scores"])
+        self.ema_scores = None if state["ema_scores"] is None else scores_type(**state["ema_scores"])
         self.log_state = state["logs"]
 
 

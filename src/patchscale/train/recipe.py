@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 from patchscale.errors import UserError
+from patchscale.models.backbone import Positions
 from patchscale.models.tokens import Resize
 from patchscale.models.weight_files import Which
 from patchscale.tasks.classification import Loss
@@ -22,6 +23,9 @@ _WHERE_AND_HOW = {
     "output", "device", "devices", "nodes", "strategy", "device_batch", "workers", "grad_checkpointing",
     "keep_products", "skip_unreadable", "trackers", "save_minutes", "keep_epochs",
 }  # fmt: skip
+
+# What masked autoencoding has no use for, and what it is where it is not used.
+_NOT_WITHOUT_LABELS = {"mixup": 0.0, "cutmix": 0.0, "teacher": None, "layer_decay": 1.0, "patch_sizes": (), "extend": 1}
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class Recipe:
     """Blocks; by default the model's."""
     flip: Literal["alternate", "pairs", "released"] | None = None
     """Which blocks scan from the right; by default every second one."""
+    pos_embed: Positions | None = None
+    """How a vision transformer's tokens know their place: learned positions (the default), fixed sines and cosines, or
+    not at all."""
     drop_path: float = 0.0
     """Stochastic depth."""
     weights: str | None = None
@@ -64,6 +71,15 @@ class Recipe:
     """Evaluate on this many; by default as many as limit_train where that is given, else all. 0 for all."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read, instead of stopping."""
+
+    task: Literal["classification", "masked-autoencoding"] = "classification"
+    """masked-autoencoding: paint hidden patches, without labels, for weights to start a classifier from."""
+    mask_ratio: float = 0.75
+    """Share of the patches that are hidden."""
+    decoder_dim: int | None = None
+    """Width of what paints them, a multiple of 32; by default half of the model's."""
+    decoder_depth: int = 8
+    """Its blocks."""
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Range of the random crop's share of the image's area."""
@@ -167,7 +183,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         counts = ("epochs", "global_batch", "device_batch", "repeated_aug", "devices", "nodes", "keep_epochs")
-        for name in (*counts, "extend", "lr", "layer_decay"):
+        for name in (*counts, "extend", "lr", "layer_decay", "decoder_depth"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{_flag(name)} is {value}, expected more than 0")
@@ -181,6 +197,12 @@ class Recipe:
             raise UserError(f"--patch-sizes is {' '.join(map(str, self.patch_sizes))}, expected pixels, 1 or more each")
         if self.extend > 1 and self.patch_sizes:
             raise UserError("--extend is for one patch size: leave out --patch-sizes")
+        if not 0 < self.mask_ratio < 1:
+            raise UserError(f"--mask-ratio is {self.mask_ratio}, expected between 0 and 1")
+        if self.task == "masked-autoencoding":
+            for name, off in _NOT_WITHOUT_LABELS.items():
+                if getattr(self, name) != off:
+                    raise UserError(f"{_flag(name)} does not go with --task masked-autoencoding: leave it out")
         if (self.distillation == "none") != (self.teacher is None):
             raise UserError(
                 f"--distillation is {self.distillation} and --teacher is {self.teacher}: learning from a teacher needs "

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from patchscale.errors import UserError, first_line
-from patchscale.train.build import create_model, size_arguments
+from patchscale.train.build import create_model, size_arguments, trained_module
 from patchscale.train.checkpoint import LAST, read_training_state
 from patchscale.train.loop import Observer, Result, train
 from patchscale.train.recipe import Recipe
@@ -186,7 +186,7 @@ def _check(stage: str, recipe: Recipe) -> None:
     """Make the stage's model without memory, to find out before the first stage what is wrong with the last."""
     try:
         with torch.device("meta"):
-            create_model(recipe.model, size_arguments(recipe))
+            trained_module(recipe, create_model(recipe.model, size_arguments(recipe)))
     except UserError as e:
         raise UserError(f"stage {stage}: {e}") from e
 
