@@ -1,9 +1,15 @@
+import math
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from patchscale.data.transforms import Preprocessing
+from patchscale.data.transforms import PixelSwaps, Preprocessing
 from patchscale.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -166,3 +172,51 @@ def test_an_unknown_policy_is_refused(policy):
 def test_a_simple_crop_of_tiny_images_is_refused():
     with pytest.raises(UserError, match="--simple-random-crop needs"):
         Preprocessing((4, 4), 1, (0.3,), (0.4,), 1.0).training_transform((1.0, 1.0), 0.0, 0.0, simple_random_crop=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    st.integers(0, 40),
+    st.one_of(st.none(), st.integers(1, 10)),
+)
+def test_so_many_pairs_of_near_pixels_change_places(size, swaps, distance):
+    try:
+        swap = PixelSwaps(size, swaps, distance)
+    except UserError as e:
+        found = int(re.search(r"has (\d+) pairs", str(e))[1])
+        assert found < swaps
+        assert found <= math.prod(size) // 2
+        if distance is None:
+            assert found == math.prod(size) // 2
+        PixelSwaps(size, found, distance)
+        return
+    index = swap.index
+    moved = index != torch.arange(len(index))
+    assert moved.sum() == 2 * swaps
+    assert torch.equal(index[index], torch.arange(len(index)))  # pairs: twice is as before
+    rows, columns = index // size[1], index % size[1]
+    own_rows, own_columns = torch.arange(len(index)) // size[1], torch.arange(len(index)) % size[1]
+    far = torch.maximum((rows - own_rows).abs(), (columns - own_columns).abs())
+    assert distance is None or far.max() <= distance
+    image = torch.rand(2, 3, *size)
+    assert torch.equal(swap(swap(image)), image)
+    assert torch.equal(swap(image)[0, 0].flatten(), image[0, 0].flatten()[index])
+
+
+def test_pixels_change_places_last_in_training_and_evaluation_and_the_same_every_time():
+    image = noise(16, 16)
+    plain = Preprocessing((16, 16), 3, MEAN, STD, 1.0)
+    swapped = replace(plain, pixel_swaps=100, swap_distance=4)
+    swap = PixelSwaps((16, 16), 100, 4)
+    assert torch.equal(swapped.transform()(image), swap(plain.transform()(image)))
+    assert not torch.equal(swapped.transform()(image), plain.transform()(image))
+    fixed = {"crop_scale": (1.0, 1.0), "hflip": 0.0, "color_jitter": 0.0}
+    expected = swap(plain.training_transform(**fixed)(image))
+    assert torch.equal(swapped.training_transform(**fixed)(image), expected)
+    assert np.array_equal(np.asarray(swapped.visible(image)), np.asarray(plain.visible(image)))
+
+
+def test_the_pixels_that_change_places_are_the_same_on_every_machine():
+    assert PixelSwaps((4, 4), 3).index.tolist() == [0, 6, 2, 3, 13, 5, 1, 7, 9, 8, 10, 11, 12, 4, 14, 15]
+    assert PixelSwaps((4, 4), 3, 1).index.tolist() == [0, 2, 1, 6, 4, 8, 3, 7, 5, 9, 10, 11, 12, 13, 14, 15]

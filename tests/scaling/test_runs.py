@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchscale.errors import UserError
 from patchscale.models import Adventurer
-from patchscale.scaling.runs import count_flops, make_study, read_fields, read_study, to_recipe_file
+from patchscale.scaling.runs import count_flops, make_study, planned_flops, read_fields, read_study, to_recipe_file
+from patchscale.train.recipe import Recipe
 from patchscale.train.stages import read_recipe_file
 
 TINY = {"model": "adventurer_tiny_patch1", "data": "digits", "img_size": 8, "embed_dim": 32, "depth": 1}
@@ -57,6 +59,23 @@ def test_arms_of_several_models_are_told_apart():
     assert names({"all": {"data": "digits", "seed": [0, 1]}, "arm": arms}) == [
         "adventurer_tiny-seed0", "adventurer_tiny-seed1", "deit_tiny-seed0", "deit_tiny-seed1",
     ]  # fmt: skip
+
+
+def test_what_a_row_of_results_does_not_tell_is_told_by_the_control():
+    swept = {"pixel_swaps": [0, 8], "seed": [0, 1]}
+    runs = make_study({"all": TINY | swept, "arm": [{"control": "swaps"}]}, "s").runs
+    assert [r.control for r in runs] == ["swaps, pixel_swaps 0"] * 2 + ["swaps, pixel_swaps 8"] * 2
+    assert [r.name for r in runs] == [f"swaps{n}-seed{s}" for n in (0, 8) for s in (0, 1)]
+
+
+def test_pre_training_is_counted_with_its_decoder_and_is_no_study_by_itself():
+    mae = Recipe.from_dict(TINY | {"patch_size": 2, "task": "masked-autoencoding", "decoder_depth": 1})
+    forward, training = planned_flops(mae)
+    deeper = planned_flops(replace(mae, decoder_depth=2))
+    assert training > 2 * forward > 0
+    assert deeper[0] > forward
+    with pytest.raises(UserError, match="compares classifiers: the last stage's task is masked-autoencoding"):
+        make_study({"all": TINY | {"task": "masked-autoencoding"}}, "s")
 
 
 def test_an_arm_may_be_a_recipe_of_several_stages():
@@ -111,8 +130,6 @@ def test_a_run_is_written_as_a_recipe_file_that_says_the_same(tmp_path):
     study = make_study({"all": TINY | {"crop_scale": [0.5, 1.0], "ema_decay": 0.9, "seed": 3}}, "s")
     (tmp_path / "run.toml").write_text(to_recipe_file(study.runs[0]))
     stages = read_recipe_file(str(tmp_path / "run.toml")).stages
-    from patchscale.train.recipe import Recipe
-
     assert Recipe.from_dict(stages["train"]) == study.runs[0].stages["train"]
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from patchscale.errors import TrainingStopped, UserError
 from patchscale.tasks.classification import Classification
+from patchscale.train.checkpoint import load_model
 from patchscale.train.evaluate import evaluate
 from patchscale.train.loop import Observer, train
 
@@ -48,6 +49,24 @@ def test_evaluation_of_the_checkpoint_alone_repeats_what_training_printed(recipe
     result = train(recipe(smoothing=0.1, mixup=0.8))
     found = evaluate(str(result.folder / "last.pt"))
     assert found.scores == result.scores == found.recorded
+
+
+def test_pixels_that_change_places_do_so_wherever_the_weights_are_used(recipe):
+    result = train(recipe(pixel_swaps=24, swap_distance=6, limit_train=160))
+    assert load_model(str(result.folder)).preprocessing.pixel_swaps == 24
+    assert evaluate(str(result.folder / "last.pt")).scores == result.scores
+    state = torch.load(result.folder / "last.pt", weights_only=True)
+    state["preprocessing"] |= {"pixel_swaps": 0, "swap_distance": None}
+    torch.save(state, result.folder / "in_place.pt")
+    assert evaluate(str(result.folder / "in_place.pt")).scores.loss > result.scores.loss
+
+
+@pytest.mark.parametrize("positions", ["learn", "sincos", "none"])
+def test_a_recipe_chooses_how_tokens_know_their_place(recipe, positions):
+    result = train(recipe(model="deit_tiny_patch4", embed_dim=24, pos_embed=positions, epochs=1, limit_train=64))
+    assert load_model(str(result.folder)).model.positions == positions
+    assert ("pos_embed" in weights_of(result.folder)) is (positions == "learn")
+    assert evaluate(str(result.folder)).scores == result.scores
 
 
 def test_the_average_of_the_weights_is_evaluated_and_kept(recipe):
@@ -166,6 +185,8 @@ def test_unreadable_images_are_left_out_on_request_and_said_once(recipe, broken_
     [
         ({"global_batch": 1000}, "--global-batch is 1000, more than the 320 images"),
         ({"patch_size": 3}, "nearest sizes that fit: 6x6 or 9x9"),
+        ({"pixel_swaps": 40}, "--pixel-swaps is 40, an image of 8x8 pixels has 32 pairs"),
+        ({"pos_embed": "none"}, "adventurer_tiny_patch4 cannot be made .*pos_embed"),
         ({"embed_dim": 20}, "headdim"),
         ({"device": "nonsense"}, "device 'nonsense'"),
         ({"weights": "/no/such/file.pth"}, "no such weight file"),

@@ -26,6 +26,9 @@ def test_a_recipe_survives_json():
         ("eval_crop", 0.0, "--eval-crop"),
         ("ema_decay", 1.0, "--ema-decay"),
         ("clip_grad", 0.0, "--clip-grad"),
+        ("pixel_swaps", -1, "--pixel-swaps"),
+        ("swap_distance", 0, "--swap-distance"),
+        ("swap_distance", 2, "--swap-distance is for --pixel-swaps: give both"),
     ],
 )
 def test_bad_values_are_refused_by_the_name_of_their_flag(field, value, flag):

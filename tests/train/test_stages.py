@@ -76,7 +76,10 @@ def test_every_recipe_makes_its_model_and_says_what_was_published(name):
         assert final == int(name.split("_")[3] if name.count("_") == 3 else 224)
 
 
-VISION_TRANSFORMERS = [n for n in recipe_names() if n.startswith(("deit_", "pixel_transformer_"))]
+FROM_MASKS = [n for n in recipe_names() if n.endswith(("_mae", "_probe"))]
+VISION_TRANSFORMERS = [
+    n for n in recipe_names() if n.startswith(("deit_", "pixel_transformer_")) and n not in FROM_MASKS
+]
 
 
 def test_every_vision_transformer_with_a_published_result_has_its_recipe():
@@ -124,6 +127,21 @@ def test_the_pixel_transformers_recipe_is_the_published_one():
     assert peak_lr(recipe) == 0.004
     (deit,) = stages_of("deit_base_patch1_64").values()
     assert peak_lr(deit) == pytest.approx(1e-3)
+
+
+def test_masked_autoencoding_comes_before_classification_and_its_published_results_are_told():
+    assert set(FROM_MASKS) == {"digits_mae", "pixel_transformer_tiny_cifar100_probe"} | {
+        f"pixel_transformer_{s}{p}_cifar100_mae" for s in ("tiny", "small") for p in ("", "_patch2")
+    }
+    for name in FROM_MASKS:
+        first, second = stages_of(name).values()
+        assert (first.task, second.task) == ("masked-autoencoding", "classification")
+        assert (first.model, first.img_size, first.mask_ratio) == (second.model, second.img_size, 0.75)
+        if name.endswith("_cifar100_mae"):
+            assert first.model.startswith(name.split("_cifar")[0])
+            published = read_recipe_file(name).published
+            assert published["from_scratch"] == read_recipe_file(name.removesuffix("_mae")).published["top1"]
+            assert published["top1"] > published["from_scratch"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -106,6 +106,7 @@ class Decoder:
         steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocessing.mean, preprocessing.std)]
         if augmentation is not None and augmentation["random_erasing"]:
             steps += [RandomErasing(augmentation["random_erasing"], mode="pixel", device=str(device))]
+        steps += preprocessing.last_steps
         self.transform = v2.Compose(steps)
 
     def __call__(self, files: list[Encoded], labels: Tensor) -> tuple[Tensor, Tensor, list[Unreadable]]:

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.transforms import MaybeToTensor
+from torch import Tensor
 from torchvision.transforms import InterpolationMode, Normalize, RandomCrop, Resize
 
 from patchscale.data.sources import Transform
@@ -13,6 +16,69 @@ from patchscale.errors import UserError, first_line
 
 CROP_PADDING = 4
 """Pixels around an image before a simple random crop (published)."""
+
+
+_SWAP_SEED = 0
+
+
+class PixelSwaps:
+    """The same pixels change places in every image (arXiv 2406.09415, section on pixel permutation).
+
+    What is near in an image is then no longer near in its patches. No pixel is in two pairs: with half as many swaps as
+    there are pixels, all change places.
+
+    Args:
+        img_size: height and width.
+        swaps: pairs of pixels.
+        distance: the two are at most so many rows and so many columns apart; any if None. (The paper's own measure of
+            distance is not known.)
+
+    Raises:
+        UserError: the image does not hold as many pairs.
+    """
+
+    def __init__(self, img_size: tuple[int, int], swaps: int, distance: int | None = None) -> None:
+        height, width = img_size
+        random = np.random.RandomState(_SWAP_SEED)  # whose numbers are promised to stay as they are
+        order = random.permutation(height * width)
+        if distance is None:
+            pairs = order[: len(order) // 2 * 2].reshape(-1, 2)[:swaps]
+        else:
+            pairs = _near_pairs(order, img_size, swaps, distance, random)
+        if len(pairs) < swaps:
+            near = "" if distance is None else f" at most {distance} apart"
+            there = f"an image of {height}x{width} pixels has {len(pairs)} pairs{near}"
+            raise UserError(f"--pixel-swaps is {swaps}, {there}: give no more")
+        index = np.arange(height * width)
+        index[pairs[:, 0]], index[pairs[:, 1]] = pairs[:, 1], pairs[:, 0]
+        self.index = torch.from_numpy(index)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(..., height, width) -> the same."""
+        return image.flatten(-2)[..., self.index.to(image.device)].view_as(image)
+
+
+def _near_pairs(
+    order: np.ndarray, img_size: tuple[int, int], swaps: int, distance: int, random: np.random.RandomState
+) -> np.ndarray:
+    """(pairs, 2): pixels in this order, each with one of the free ones near it, as long as there are any."""
+    free = np.ones(img_size, bool)
+    pairs: list[tuple[int, int]] = []
+    for pixel in order:
+        row, column = divmod(int(pixel), img_size[1])
+        if len(pairs) == swaps:
+            break
+        if not free[row, column]:
+            continue
+        free[row, column] = False
+        top, left = max(row - distance, 0), max(column - distance, 0)
+        rows, columns = np.nonzero(free[top : row + distance + 1, left : column + distance + 1])
+        if len(rows):
+            chosen = random.randint(len(rows))
+            other = top + rows[chosen], left + columns[chosen]
+            free[other] = False
+            pairs.append((int(pixel), int(other[0] * img_size[1] + other[1])))
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -27,10 +93,18 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop: float
+    pixel_swaps: int = 0
+    """Pairs of pixels that change places last of all, in training too; see :class:`PixelSwaps`."""
+    swap_distance: int | None = None
+
+    @property
+    def last_steps(self) -> list[PixelSwaps]:
+        """What is done to the finished tensor."""
+        return [PixelSwaps(self.img_size, self.pixel_swaps, self.swap_distance)] if self.pixel_swaps else []
 
     def transform(self) -> Transform:
         """PIL image -> (channels, height, width)."""
-        return create_transform(
+        transform: Any = create_transform(
             (self.channels, *self.img_size),
             is_training=False,
             interpolation="bicubic",
@@ -38,12 +112,14 @@ class Preprocessing:
             std=self.std,
             crop_pct=self.crop,
         )
+        transform.transforms += self.last_steps
+        return transform
 
     def visible(self, image: Image.Image) -> Image.Image:
-        """What :meth:`transform` leaves of an image, as an image."""
+        """What :meth:`transform` leaves of an image, as an image, with every pixel in its place."""
         steps: Any = self.transform()
         for step in steps.transforms:
-            if not isinstance(step, Normalize | MaybeToTensor):
+            if not isinstance(step, Normalize | MaybeToTensor | PixelSwaps):
                 image = step(image)
         return image
 
@@ -100,4 +176,5 @@ class Preprocessing:
             resize = Resize(max(height, width), InterpolationMode.BICUBIC)
             crop = RandomCrop((height, width), padding=CROP_PADDING, padding_mode="reflect")
             transform.transforms[:1] = [resize, crop]
+        transform.transforms += self.last_steps
         return transform

@@ -46,8 +46,20 @@ SINGLE_STAGE = "train"
 # What an arm has beside a recipe's fields.
 _ARM_KEYS: dict[str, Any] = {"control": str, "recipe": str, "tokens_a_side": int}
 _KEYS = {"name", "hold", "all", "arm"}
-_SHORT = {"patch_size": "patch", "img_size": "px", "embed_dim": "width", "tokens_a_side": "side"}
+_SHORT = {
+    "patch_size": "patch",
+    "pos_embed": "pos",
+    "pixel_swaps": "swaps",
+    "img_size": "px",
+    "embed_dim": "width",
+    "tokens_a_side": "side",
+}
 _HINTS = get_type_hints(Recipe)
+# What tells two rows of results apart; other fields that are swept go into their control.
+_IN_ROWS = {
+    "model", "data", "img_size", "patch_size", "tokens_a_side", "extend", "embed_dim", "depth", "epochs", "limit_train",
+    "seed",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,8 +160,9 @@ def _runs_of(arm: dict[str, Any], name_control: bool, name_model: bool) -> Itera
             raise UserError(f"a study compares classifiers: the last stage's task is {made[stage].task}")
         words = [control] * name_control + [fields.get("model", "").partition("_patch")[0]] * name_model
         words += [f"{_SHORT.get(k, k)}{v}" for k, v in chosen.items()]
-        name = "-".join(re.sub(r"[^\w.]+", "_", word) for word in words) or "run"
-        yield Run(name, control, recipe, made)
+        name = "-".join(re.sub(r"[^\w.]+", "_", word) for word in words if word) or "run"
+        untold = [f"{field} {value}" for field, value in chosen.items() if field not in _IN_ROWS]
+        yield Run(name, ", ".join([control, *untold]), recipe, made)
 
 
 def _is_swept(field: str, value: Any) -> bool:

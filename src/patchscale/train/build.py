@@ -90,7 +90,7 @@ def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
     check_model_name(name)
     try:
         model = timm.create_model(name, **arguments)
-    except TypeError as e:
+    except (TypeError, AssertionError) as e:
         raise UserError(f"{name} cannot be made with {arguments}: {e}") from e
     if isinstance(model, Adventurer):
         arguments["flip"] = model.flip
@@ -133,7 +133,8 @@ def preprocessing_for(recipe: Recipe, model: nn.Module, source: Source) -> Prepr
     size = getattr(patch_embed, "img_size", None) or size
     patch = getattr(patch_embed, "patch_size", (16, 16))
     crop = recipe.eval_crop if recipe.eval_crop is not None else evaluation_crop(max(patch), max(size))
-    return Preprocessing(tuple(size), source.channels, source.mean, source.std, crop)
+    swaps = recipe.pixel_swaps, recipe.swap_distance
+    return Preprocessing(tuple(size), source.channels, source.mean, source.std, crop, *swaps)
 
 
 def start_from(model: nn.Module, recipe: Recipe, note: Callable[[str], None]) -> dict[str, str]:

@@ -95,6 +95,11 @@ class Recipe:
     """Probability of losing all colour."""
     random_erasing: float = 0.0
     """Probability of erasing a rectangle."""
+    pixel_swaps: int = 0
+    """Pairs of pixels that change places, the same ones in every image, in evaluation too: how much does the model need
+    what is near to stay near?"""
+    swap_distance: int | None = None
+    """How many rows and columns the two may be apart; by default any."""
     repeated_aug: int = 1
     """Draw each image this many times in a row, and accordingly fewer images an epoch (published: 3)."""
     mixup: float = 0.0
@@ -197,6 +202,11 @@ class Recipe:
             raise UserError(f"--patch-sizes is {' '.join(map(str, self.patch_sizes))}, expected pixels, 1 or more each")
         if self.extend > 1 and self.patch_sizes:
             raise UserError("--extend is for one patch size: leave out --patch-sizes")
+        if self.pixel_swaps < 0 or (self.swap_distance is not None and self.swap_distance < 1):
+            given = f"--pixel-swaps is {self.pixel_swaps} and --swap-distance {self.swap_distance}"
+            raise UserError(f"{given}, expected 0 or more, and 1 or more")
+        if self.swap_distance is not None and not self.pixel_swaps:
+            raise UserError("--swap-distance is for --pixel-swaps: give both")
         if not 0 < self.mask_ratio < 1:
             raise UserError(f"--mask-ratio is {self.mask_ratio}, expected between 0 and 1")
         if self.task == "masked-autoencoding":
