@@ -7,13 +7,16 @@ import signal
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from patchscale.cli import main
 from patchscale.errors import Interrupted, UserError
+from patchscale.tasks.masked_autoencoding import MaskedAutoencoder
 from patchscale.train.evaluate import evaluate
 from patchscale.train.loop import Observer, train
+from patchscale.train.optimiser import make_optimizer
 from patchscale.train.recipe import Recipe
 from patchscale.train.stages import run_stages
 
@@ -66,6 +69,20 @@ def test_a_run_learns_and_is_scored_from_its_checkpoint(recipe, model, capsys):
     pictures = sorted((result.folder / "reconstructions").iterdir())
     assert [p.name for p in pictures] == ["epoch_0001.png", "epoch_0002.png"]
     assert Image.open(pictures[1]).size == (3 * 132, 8 * 132)
+
+
+@pytest.mark.parametrize("model", [{}, VIT], ids=["adventurer", "vit"])
+def test_layers_decay_and_the_decoder_does_not(recipe, model, caplog):
+    settings = recipe(**MAE, **model, layer_decay=0.5)
+    module = MaskedAutoencoder(timm.create_model(settings.model, num_classes=0, img_size=8, patch_size=2, depth=2))
+    rates = {
+        id(p): group["lr_scale"] for group in make_optimizer(module, settings).param_groups for p in group["params"]
+    }
+    named = {name: rates[id(p)] for name, p in module.named_parameters()}
+    assert {rate for name, rate in named.items() if name.startswith("decoder.")} == {1.0}
+    assert named["backbone.patch_embed.proj.weight"] == 0.125
+    assert sorted({named[n] for n in named if ".0." in n and n.startswith("backbone")}) == [0.25]
+    assert not caplog.records
 
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_weights(recipe, tmp_path):
@@ -127,7 +144,7 @@ def test_an_encoder_alone_is_no_classifier(recipe, tmp_path, capsys):
         ("decoder_depth", 0, "--decoder-depth is 0"),
         ("mixup", 0.8, "--mixup does not go with --task masked-autoencoding"),
         ("teacher", "resnet18", "--teacher does not go"),
-        ("layer_decay", 0.75, "--layer-decay does not go"),
+        ("extend", 2, "--extend does not go"),
         ("patch_sizes", (4, 2), "--patch-sizes does not go"),
     ],
 )

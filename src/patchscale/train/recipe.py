@@ -25,7 +25,7 @@ _WHERE_AND_HOW = {
 }  # fmt: skip
 
 # What masked autoencoding has no use for, and what it is where it is not used.
-_NOT_WITHOUT_LABELS = {"mixup": 0.0, "cutmix": 0.0, "teacher": None, "layer_decay": 1.0, "patch_sizes": (), "extend": 1}
+_NOT_WITHOUT_LABELS = {"mixup": 0.0, "cutmix": 0.0, "teacher": None, "patch_sizes": (), "extend": 1}
 
 
 @dataclass(frozen=True)
