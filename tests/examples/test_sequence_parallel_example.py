@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "sequence_parallel.py"
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one():
     # --standalone lets torchrun find a free port by itself.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]

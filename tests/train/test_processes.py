@@ -138,6 +138,7 @@ def test_a_killed_process_does_not_leave_the_others_waiting(recipe, tmp_path):
     assert done.returncode != 0
 
 
+@pytest.mark.slow
 def test_devices_are_started_from_the_command_line_alone(recipe, tmp_path):
     run = recipe(epochs=1, devices=2, output=tmp_path / "two")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"OMP_NUM_THREADS": "1"}
@@ -193,6 +194,7 @@ def test_numbers_other_than_were_started_are_refused(recipe, monkeypatch):
         make_fabric(recipe(nodes=1))
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_processes_cannot_share_is_refused_by_all(recipe):
     done = torchrun(flags(recipe(global_batch=33)))
     assert done.returncode != 0

@@ -61,8 +61,8 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(row)["train_loss"] for row in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-@pytest.mark.parametrize("step", [3, 10, 14])  # an epoch is ten steps
+# An epoch is ten steps.
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 3), (signal.SIGINT, 10), (signal.SIGUSR1, 14)])
 def test_a_signal_stops_a_run_after_its_step_and_the_same_call_goes_on(recipe, tmp_path, number, step):
     settings = EVERYTHING | {"workers": 0, "epochs": 2}
     whole = train(recipe(**settings, output=tmp_path / "whole"))

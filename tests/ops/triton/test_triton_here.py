@@ -14,7 +14,8 @@ if importlib.util.find_spec("triton.runtime") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 HERE = Path(__file__).parent
-FILES = sorted(f.name for f in HERE.glob("test_triton_*.py") if f.name != Path(__file__).name)
+MIXER = "test_triton_mixer.py"  # takes minutes in the interpreter
+FILES = sorted(f.name for f in HERE.glob("test_triton_*.py") if f.name not in (Path(__file__).name, MIXER))
 
 
 def run_file(name: str, *options: str) -> None:
@@ -29,12 +30,13 @@ def run_file(name: str, *options: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_in_the_interpreter(name):
-    run_file(name, "-m", "not slow")
+    run_file(name)
 
 
 @pytest.mark.slow
-def test_long_sequences_in_the_interpreter():
-    run_file("test_triton_mixer.py", "-m", "slow")
+@pytest.mark.parametrize("options", [["-m", "not slow"], ["-m", "slow"]], ids=["short", "long"])
+def test_the_mixer_in_the_interpreter(options):
+    run_file(MIXER, *options)
 
 
 class Hopper:
