@@ -294,7 +294,10 @@ def install_slurm() -> None:
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         install = ["install", "--yes", "--no-install-recommends", "slurm-wlm", "munge"]
         for arguments in (["update"], install):
-            subprocess.run(["apt-get", *arguments], check=True, env=environment, capture_output=True, timeout=300)
+            try:
+                subprocess.run(["apt-get", *arguments], check=True, env=environment, capture_output=True, timeout=300)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as e:
+                pytest.skip(f"Slurm cannot be installed here: {e}")
 
 
 CONFIGURATION = """
