@@ -150,11 +150,16 @@ def chunk_bounds(length: int, reverse: bool, suffix: int, chunk_size: int) -> li
 def cut(x: Tensor, heads: int, headdim: int, reverse: bool, suffix: int, chunk_size: int) -> tuple[Plan, list[slice]]:
     """The plan of (batch, length, ...) tokens, and groups of samples: so many that a block of them fits the cache."""
     batch, length = x.shape[:2]
-    chunk_elements = max(1, min(chunk_size, length) * heads * headdim)
-    samples = max(1, _BLOCK_ELEMENTS // chunk_elements)
-    chunks = max(1, _BLOCK_ELEMENTS // (chunk_elements * min(samples, max(1, batch))))
+    samples, chunks = group_and_block(batch, length, heads * headdim, chunk_size)
     the_plan = plan(length, reverse, suffix, chunk_size, chunks, work_dtype(x), x.device)
     return the_plan, [slice(s, min(s + samples, batch)) for s in range(0, batch, samples)]
+
+
+def group_and_block(batch: int, length: int, width: int, chunk_size: int) -> tuple[int, int]:
+    """How many samples are a group, and how many chunks a block at most; width: heads * headdim."""
+    chunk_elements = max(1, min(chunk_size, length) * width)
+    samples = min(max(1, _BLOCK_ELEMENTS // chunk_elements), max(1, batch))
+    return samples, max(1, _BLOCK_ELEMENTS // (chunk_elements * samples))
 
 
 class _Buffers:

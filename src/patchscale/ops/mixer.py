@@ -418,3 +418,36 @@ def _backward_flops(
     *_, reverse, suffix, _, chunk_size = args
     products, inside, states = _scan_flops(projected, conv_weight, A, norm_weight, (reverse, suffix, chunk_size))
     return 3 * products + 2 * inside + 4 * states
+
+
+def workspace_bytes(
+    batch: int, length: int, d_inner: int, heads: int, d_state: int, itemsize: int, backward: bool
+) -> int:
+    """Memory that the plain implementation needs while it runs, beside what it is given and gives; within a tenth.
+
+    Args:
+        batch: samples.
+        length: tokens.
+        d_inner: channels of x.
+        heads: of the scan.
+        d_state: state size.
+        itemsize: bytes of a number in the working precision.
+        backward: of the backward pass.
+    """
+    size, n, conv_dim = min(chunked.DEFAULT_CHUNK_SIZE, length), d_state, d_inner + 2 * d_state
+    samples, chunks = chunked.group_and_block(batch, length, d_inner, chunked.DEFAULT_CHUNK_SIZE)
+    whole = max(0, round(length / size) - 1)
+    last = length - size * whole
+    # Buffers stay for every length of a block: the usual one, one of what chunks are left, and the last chunk's.
+    usual = size * min(chunks, whole)
+    blocks = min(length, usual + (size * (whole % chunks) if whole > chunks else 0) + last)
+    buffers = 2 * d_inner + d_inner * n // size + 2 * n + size  # y, rows of x and of states, B and mixing
+    rooms = 3 * d_inner  # z, silu and gated
+    passing = 2 * conv_dim  # the convolution's window and result
+    if backward:
+        buffers += 2 * d_inner + d_inner * n // size + n + size + (n + size) ** 2 // size
+        rooms += d_inner + 2 * conv_dim  # products, act and dact
+        passing += 2 * conv_dim
+    decays = 8 * (2 + 3) + 2 * itemsize * backward  # two sums in float64; five factors, and two gradients
+    per_token = decays * heads * length + itemsize * ((buffers + rooms) * blocks + passing * max(usual, last))
+    return samples * (per_token + itemsize * (1 + 2 * backward) * d_inner * n)
