@@ -505,6 +505,17 @@ def report(
         _out.print(f"wrote {path}", highlight=False)
 
 
+def plan(arguments: list[str]) -> None:
+    """Say what training costs at every patch size, in FLOPs, memory and time, before it is paid."""
+    from patchscale.scaling.plan import Options, show_plan
+    from patchscale.train.device import keep_freed_memory
+
+    options = tyro.cli(Options, args=arguments, prog="patchscale plan", description=plan.__doc__)
+    keep_freed_memory()
+    with _err.status("") as status:
+        show_plan(options, lambda what: _out.print(what, highlight=False), lambda text: status.update(text))
+
+
 def env() -> None:
     """Print versions, devices, and the implementation that each operator will use and why."""
     from importlib.metadata import version
@@ -542,6 +553,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "models": models,
     "convert": convert,
     "bench": bench,
+    "plan": plan,
     "fit": fit,
     "report": report,
     "env": env,
@@ -563,7 +575,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}; the commands are {', '.join(COMMANDS)}")
-        if command in ("train", "launch", "sweep"):
+        if command in ("train", "launch", "sweep", "plan"):
             COMMANDS[command](rest)
         else:
             tyro.cli(COMMANDS[command], args=rest, prog=f"patchscale {command}")

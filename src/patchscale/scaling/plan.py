@@ -1,0 +1,573 @@
+"""What training costs at every patch size, before it is paid: arithmetic, memory and time, of attention and the scan.
+
+Arithmetic and memory come from the cost model (`cost.py`). Time on this machine is measured on shorter steps of the
+same model and carried over to the real one in the proportion that the cost model says; time on a GPU that is not here
+is the cost model's alone.
+"""
+
+import difflib
+import itertools
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from timm.layers import to_2tuple
+from torch import nn
+
+from patchscale.bench.measure import ceilings
+from patchscale.errors import UserError
+from patchscale.files import make_folder, write_atomically
+from patchscale.models.adventurer import Adventurer
+from patchscale.models.tokens import grid_size
+from patchscale.scaling.cost import GPUS, RECOMPUTE, Cost, Machine, Recompute, autocast_of, blocks_of, training_cost
+from patchscale.scaling.figures import Palette, amount, draw
+from patchscale.train.build import check_model_name, create_model
+from patchscale.train.device import resolve_device
+from patchscale.train.recipe import Precision
+
+# Steps are measured with so many blocks, and with images that at the machine's best take so long.
+_PROBE_BLOCKS = (1, 4)
+_PROBE_SECONDS = 0.25
+_PROBE_ROUNDS = 4
+# Of the memory to be fitted, what fragmentation and the device's own needs may take.
+_SPARE = 0.05
+_UNITS = {"B": 1} | {f"{p}{b}": base**i for b, base in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT", 1)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is to be trained, and where."""
+
+    model: tyro.conf.Positional[str]
+    """A name that `patchscale models` lists, or a timm vision transformer's."""
+    img_size: int | None = None
+    """Image size in pixels; by default the one in the model's name."""
+    patch_sizes: tuple[int, ...] = (16, 8, 4, 2, 1)
+    """Patch sizes in pixels."""
+    embed_dim: int | None = None
+    """Width; by default the model's."""
+    depth: int | None = None
+    """Blocks; by default the model's."""
+    num_classes: int = 1000
+    """Classes of the head."""
+    batch_size: int = 64
+    """Images a step, on one device."""
+    images: int = 1_281_167
+    """Images an epoch; by default ImageNet-1k's."""
+    precision: Precision = "32-true"
+    """As in training."""
+    gpu: str | None = None
+    """Estimate the time on this GPU from its published peaks; by default it is measured here."""
+    device: str | None = None
+    """Measure on this one (cpu, cuda, ...); by default the GPU where there is one."""
+    fit_memory: str | None = None
+    """Say also how many images a step fit into so much memory (80GiB), and what must be recomputed."""
+    plot: Path | None = None
+    """Draw time, memory and FLOPs by tokens here, as PNG."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model at one patch size."""
+
+    subject: "Subject"
+    patch_size: int
+    costs: dict[Recompute, Cost]
+    """By what is recomputed."""
+    seconds: float
+    """Of a training step that recomputes nothing."""
+
+    @property
+    def family(self) -> str:
+        """scan or attention."""
+        return self.subject.family
+
+    @property
+    def cost(self) -> Cost:
+        return self.costs["nothing"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model at any patch size."""
+
+    name: str
+    arguments: dict[str, Any]
+    img_size: tuple[int, int]
+    family: str
+    embed_dim: int
+    depth: int
+
+    def make(self, device: str = "meta", **changes: Any) -> nn.Module:
+        """The model, or one with other arguments."""
+        with torch.device(device):
+            return create_model(self.name, self.arguments | {"img_size": self.img_size} | changes)
+
+    def cost(
+        self,
+        patch_size: int,
+        batch: int,
+        precision: Precision,
+        recompute: Recompute = "nothing",
+        depth: int | None = None,
+    ) -> Cost:
+        """Of a training step, of all blocks unless a depth is given.
+
+        Of a deep model, the cost is that of a few blocks, and of as many more as there are. Every second block of an
+        Adventurer scans from the right, so they are counted in pairs.
+        """
+        depth = self.depth if depth is None else depth
+        alike = 2 if self.family == "scan" else 1
+        more, odd = divmod(depth - 2, alike)
+        costs = [
+            training_cost(self.make(patch_size=patch_size, depth=d), self.img_size, batch, precision, recompute)
+            for d in ([depth] if odd or depth <= 2 + alike else [2, 2 + alike])
+        ]
+        return costs[0] if len(costs) == 1 else costs[0].repeat(costs[1], more)
+
+
+def subjects(options: Options) -> list[Subject]:
+    """The model asked for, then one of the other family of the same width and depth.
+
+    Raises:
+        UserError: no such model, one without patches, or a patch size that does not divide the image.
+    """
+    check_model_name(options.model)
+    given = {"embed_dim": options.embed_dim, "depth": options.depth, "num_classes": options.num_classes}
+    arguments = {name: value for name, value in given.items() if value is not None}
+    size = options.img_size or timm.get_pretrained_cfg(options.model).input_size[-1]  # type: ignore[union-attr]
+    img_size = to_2tuple(size)
+    if not options.patch_sizes:
+        raise UserError("--patch-sizes names none")
+    for patch_size in options.patch_sizes:
+        grid_size(img_size, patch_size)
+    for name, value in {"batch-size": options.batch_size, "images": options.images}.items():
+        if value < 1:
+            raise UserError(f"--{name} is {value}, expected at least 1")
+    with torch.device("meta"):
+        model: Any = create_model(options.model, {})
+    if blocks_of(model) is None or not hasattr(getattr(model, "patch_embed", None), "patch_size"):
+        raise UserError(
+            f"{options.model} has no patches of a size to choose: take an Adventurer or a vision transformer"
+        )
+    family = "scan" if isinstance(model, Adventurer) else "attention"
+    width = model.embed_dim if options.embed_dim is None else options.embed_dim
+    depth = len(model.layers if family == "scan" else model.blocks) if options.depth is None else options.depth
+    if depth < 1:
+        raise UserError(f"--depth is {depth}, expected at least 1")
+    if family == "attention" and options.embed_dim is not None:
+        arguments["num_heads"] = _heads(width)
+    asked = Subject(options.model, arguments, img_size, family, width, depth)
+    asked.make(patch_size=max(options.patch_sizes))  # refuses a width that it cannot have
+    return [asked, _counterpart(asked, options)]
+
+
+def _counterpart(asked: Subject, options: Options) -> Subject:
+    sizes = {"embed_dim": asked.embed_dim, "depth": asked.depth, "num_classes": options.num_classes}
+    if asked.family == "attention":
+        return replace(asked, name="adventurer_tiny_patch16_224", arguments=sizes, family="scan")
+    sizes["num_heads"] = _heads(asked.embed_dim)
+    return replace(asked, name="deit_tiny_patch16", arguments=sizes, family="attention")
+
+
+def _heads(embed_dim: int) -> int:
+    """DeiT's heads have 64 channels (arXiv 2012.12877, table 1)."""
+    return max(1, embed_dim // 64)
+
+
+def plan(options: Options, note: Callable[[str], None] = lambda text: None) -> list[Row]:
+    """Cost and time of a training step, patch size by patch size.
+
+    Args:
+        options: what, and where.
+        note: told what is being done.
+
+    Returns:
+        A row for each patch size of the model asked for, then of its counterpart.
+
+    Raises:
+        UserError: as :func:`subjects`, an unknown GPU or device.
+    """
+    every = subjects(options)
+    machine = find_gpu(options.gpu) if options.gpu is not None else None
+    device = torch.device("meta") if machine is not None else resolve_device(options.device)
+    measured = None if machine is not None else measure_machine(device, options.precision)
+    rows = []
+    for subject in every:
+        for patch_size in options.patch_sizes:
+            note(f"{subject.name}, patch {patch_size}")
+            costs = {
+                recompute: subject.cost(patch_size, options.batch_size, options.precision, recompute)
+                for recompute in possible(subject.make(patch_size=patch_size))
+            }
+            if measured is None:
+                assert machine is not None
+                seconds = costs["nothing"].seconds_at_best(machine)
+            else:
+                seconds = probe(subject, patch_size, costs["nothing"], options.precision, device, measured)
+            rows.append(Row(subject, patch_size, costs, seconds))
+    return rows
+
+
+def possible(model: nn.Module) -> list[Recompute]:
+    """What a model can recompute."""
+    return [r for r in RECOMPUTE if r != "all but products" or hasattr(model, "keep_products")]
+
+
+def find_gpu(name: str) -> Machine:
+    """A GPU by name, capitals, spaces and NVIDIA's own name aside.
+
+    Raises:
+        UserError: an unknown one; names near ones.
+    """
+    key = re.sub(r"nvidia|geforce|[\s_-]+", "", name.lower())
+    known = {gpu.replace("-", ""): machine for gpu, machine in GPUS.items()}
+    if key not in known:
+        near = difflib.get_close_matches(name.lower(), GPUS, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(GPUS)}"
+        raise UserError(f"unknown GPU {name!r}; {hint}")
+    return known[key]
+
+
+def measure_machine(device: torch.device, precision: Precision) -> Machine:
+    """What a device here does at best; takes a second."""
+    dtypes = {"32-true": [torch.float32], "64-true": [torch.float64], "16-mixed": [torch.float32, torch.float16]}
+    found = {dtype: ceilings(device, dtype) for dtype in dtypes.get(precision, [torch.float32, torch.bfloat16])}
+    per_call = 1e-5
+    return Machine(
+        str(device), {d: c.flops for d, c in found.items()}, max(c.bandwidth for c in found.values()), per_call
+    )
+
+
+def probe(
+    subject: Subject, patch_size: int, cost: Cost, precision: Precision, device: torch.device, machine: Machine
+) -> float:
+    """Seconds of a training step, from steps cut short on this device.
+
+    Blocks are alike, so that two numbers of them tell what a block takes and what the rest does. Where one step of a
+    few blocks takes more than a moment, images are left out too, and then tokens; for these the cost model says what
+    share of the real step was measured.
+
+    Args:
+        subject: the model.
+        patch_size: in pixels.
+        cost: of the real step.
+        precision: as in training.
+        device: where to measure.
+        machine: its peaks.
+    """
+    rows, columns = grid_size(subject.img_size, patch_size)
+    few, some = min(_PROBE_BLOCKS[0], subject.depth), min(_PROBE_BLOCKS[1], subject.depth)
+    while True:
+        cut = replace(subject, img_size=(rows * patch_size, columns * patch_size))
+        one = cut.cost(patch_size, 1, precision, depth=some)
+        if one.seconds_at_best(machine) < _PROBE_SECONDS or min(rows, columns) < 32:
+            break
+        rows, columns = rows // 2, columns // 2
+    steps = [
+        training_step(cut.make("cpu", patch_size=patch_size, depth=depth), cut.img_size, precision, device)
+        for depth in (few, some)
+    ]
+    images = 1
+    while images < cost.batch and 4 * time_in_turn(steps[1:], images, 1)[0][0] < _PROBE_SECONDS:
+        images = min(4 * images, cost.batch)
+    short, long = (min(times) for times in time_in_turn(steps, images, _PROBE_ROUNDS))
+    block = (long - short) / (some - few) if some > few else 0.0
+    whole = short + (subject.depth - few) * block
+    if (images, cut.img_size) == (cost.batch, subject.img_size):
+        return whole
+    measured = cut.cost(patch_size, images, precision)
+    return whole * cost.seconds_at_best(machine) / measured.seconds_at_best(machine)
+
+
+def training_step(
+    model: nn.Module, img_size: tuple[int, int], precision: Precision, device: torch.device
+) -> Callable[[int], None]:
+    """A step of AdamW, to be called with a number of images; they are random."""
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    model = model.to(device, dtype).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-8, fused=True)
+    patch_embed: Any = model.patch_embed
+
+    def step(number: int) -> None:
+        images = torch.zeros(number, patch_embed.proj.in_channels, *img_size, device=device, dtype=dtype)
+        labels = torch.zeros(number, dtype=torch.long, device=device)
+        with autocast_of(precision, device.type):
+            logits = model(images)
+        F.cross_entropy(logits.to(torch.promote_types(dtype, torch.float32)), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    return step
+
+
+def time_in_turn(steps: Sequence[Callable[[int], None]], images: int, rounds: int) -> list[list[float]]:
+    """Seconds of each step on so many images, one after the other, so that a slow spell meets all.
+
+    On one thread these are the processor's seconds: what other programs on the same core take is not in them.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: list[list[float]] = [[] for _ in steps]
+    for number in range(1 + rounds):
+        for step, own in zip(steps, times, strict=True):
+            start = clock()
+            step(images)
+            if number:  # the first round warms up
+                own.append(clock() - start)
+    return times
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How many images a step fit into memory."""
+
+    patch_size: int
+    recompute: Recompute
+    batch: int
+    """The most; 0 if not one does."""
+    images_per_second: float
+    """At that batch."""
+
+
+def fit_memory(options: Options, rows: Sequence[Row], memory: int) -> list[Fit]:
+    """The largest batches of the model asked for, by patch size and by what is recomputed, cheapest first.
+
+    A twentieth of the memory is left to fragmentation and to what the device itself needs.
+
+    Args:
+        options: the plan's.
+        rows: the plan.
+        memory: bytes.
+    """
+    subject = rows[0].subject
+    room = int(memory * (1 - _SPARE))
+    fits = []
+    for row in rows:
+        if row.subject is not subject:
+            continue
+        for recompute, cost in row.costs.items():
+
+            def peak_of(batch: int, patch_size: int = row.patch_size, recompute: Recompute = recompute) -> int:
+                return subject.cost(patch_size, batch, options.precision, recompute).peak
+
+            batch = _largest_batch(peak_of, room, cost)
+            # Forward and backward as dear as the cost model says, in proportion to what is known of one of them.
+            speed = cost.batch / row.seconds * row.cost.training_flops / cost.training_flops
+            fits.append(Fit(row.patch_size, recompute, batch, speed if batch else 0.0))
+    return fits
+
+
+def _largest_batch(peak_of: Callable[[int], int], room: int, known: Cost) -> int:
+    """The most images whose peak is within the room; the peak grows nearly evenly with them."""
+    low, high = (0, 0), (known.batch, known.peak)
+    if known.peak <= room:
+        low, high = high, (2 * known.batch, peak_of(2 * known.batch))
+    while high[1] <= room:
+        batch = max(high[0] + 1, int(high[0] + (room - high[1]) * (high[0] - low[0]) / max(1, high[1] - low[1])))
+        low, high = high, (batch, peak_of(batch))
+    if low[0] == 0:
+        one = peak_of(1)
+        if one > room:
+            return 0
+        low = (1, one)
+    while high[0] - low[0] > 1:
+        share = (room - low[1]) / max(1, high[1] - low[1])
+        batch = min(high[0] - 1, max(low[0] + 1, int(low[0] + share * (high[0] - low[0]))))
+        peak = peak_of(batch)
+        if peak <= room:
+            low = (batch, peak)
+            if room - peak < (high[1] - low[1]) / max(1, high[0] - low[0]):
+                break  # one more would not fit
+        else:
+            high = (batch, peak)
+    return low[0]
+
+
+def read_memory(text: str) -> int:
+    """Bytes of a size such as 80GiB or 500MB.
+
+    Raises:
+        UserError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)\s*", text)
+    if match is None:
+        raise UserError(f"--fit-memory is {text!r}, expected a number and a unit, as in 80GiB or 512MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def crossovers(rows: Sequence[Row]) -> dict[str, str]:
+    """By FLOPs, time and peak memory of a training step: from how many tokens on the scan takes less than attention.
+
+    Between two patch sizes, the ratio of the two is taken for a power of the number of tokens.
+    """
+    of: dict[str, Callable[[Row], float]] = {
+        "FLOPs": lambda row: row.cost.training_flops,
+        "time": lambda row: row.seconds,
+        "memory": lambda row: row.cost.peak,
+    }
+    return {name: _crossover(rows, value) for name, value in of.items()}
+
+
+def _crossover(rows: Sequence[Row], value: Callable[[Row], float]) -> str:
+    points: dict[int, dict[str, float]] = {}
+    for row in rows:
+        points.setdefault(row.cost.tokens, {})[row.family] = value(row)
+    ratios = [(tokens, math.log(at["scan"] / at["attention"])) for tokens, at in sorted(points.items())]
+    (first, start), (last, _) = ratios[0], ratios[-1]
+    for (before, above), (after, below) in itertools.pairwise(ratios):
+        if above > 0 >= below:
+            where = math.exp(math.log(before) + math.log(after / before) * above / (above - below))
+            return f"the scan takes less from about {where:,.0f} tokens on"
+    less = "scan" if start <= 0 else "attention"
+    return f"{less} takes less throughout, from {first:,} to {last:,} tokens"
+
+
+def show_plan(options: Options, print_: Callable[[Any], None], note: Callable[[str], None] = lambda text: None) -> None:
+    """Make a plan, print it, and draw it where a file is named.
+
+    Args:
+        options: what, and where.
+        print_: takes tables and lines.
+        note: told what is being done.
+
+    Raises:
+        UserError: as :func:`plan` and :func:`read_memory`, or the picture cannot be written.
+    """
+    memory = None if options.fit_memory is None else read_memory(options.fit_memory)
+    if options.plot is not None:
+        make_folder(options.plot.resolve().parent)
+    rows = plan(options, note)
+    print_(table_of(options, rows))
+    for family in ("scan", "attention"):
+        own = [row for row in rows if row.family == family]
+        parameters = [row.cost.parameters / 1e6 for row in own]
+        width, depth = own[0].subject.embed_dim, own[0].subject.depth
+        size = f"width {width}, {depth} blocks, {min(parameters):.4g} to {max(parameters):.4g} M parameters"
+        print_(f"{family}: {own[0].subject.name}, {size}")
+    for name, text in crossovers(rows).items():
+        print_(f"{name}: {text}")
+    if memory is not None:
+        for line in fit_lines(options, fit_memory(options, rows, memory)):
+            print_(line)
+    if options.plot is not None:
+        picture = draw("plan", "cost of training by tokens, of attention and the scan", partial(_plot, rows)).png
+        write_atomically(options.plot, lambda path: path.write_bytes(picture))
+        print_(f"wrote {options.plot}")
+
+
+def table_of(options: Options, rows: Sequence[Row]) -> Table:
+    """A line for each patch size and model."""
+    first = rows[0]
+    where = "measured here" if options.gpu is None else f"an estimate, {find_gpu(options.gpu).name} at its peaks"
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title=f"a training step of {first.cost.batch} images, {options.precision}; time: {where}",
+        caption="FLOPs and bytes moved are of an image; memory is the peak of the step, also where only the results of "
+        f"linear layers or only the blocks' inputs are kept for the backward; an epoch is {options.images:,} images",
+    )
+    for name in ("patch", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for name in ("forward", "training", "moved", "memory", "products\nkept", "blocks\nonly", "step", "epoch"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for patch_size in options.patch_sizes:
+        for row in (row for row in rows if row.patch_size == patch_size):
+            cost, batch = row.cost, row.cost.batch
+            peaks = [_bytes(row.costs[r].peak) if r in row.costs else "" for r in RECOMPUTE]
+            table.add_row(
+                str(patch_size),
+                f"{cost.tokens:,}",
+                row.family,
+                f"{amount(cost.forward_flops / batch)}F",
+                f"{amount(cost.training_flops / batch)}F",
+                f"{amount(cost.moved / batch)}B",
+                *peaks,
+                _seconds(row.seconds),
+                _seconds(row.seconds * options.images / batch),
+            )
+        table.add_section()
+    return table
+
+
+def fit_lines(options: Options, fits: Sequence[Fit]) -> list[str]:
+    """In words, patch size by patch size."""
+    words: dict[Recompute, str] = {
+        "nothing": "nothing recomputed",
+        "all but products": "all but products recomputed (--grad-checkpointing --keep-products)",
+        "blocks": "blocks recomputed (--grad-checkpointing)",
+    }
+    lines = [f"{options.model} in {options.fit_memory}, {_SPARE:.0%} of it left free:"]
+    for patch_size in options.patch_sizes:
+        own = [fit for fit in fits if fit.patch_size == patch_size]
+        most = ", ".join(f"{fit.batch:,} with {words[fit.recompute].split(' (')[0]}" for fit in own)
+        enough = next((fit for fit in own if fit.batch >= options.batch_size), None)
+        if enough is not None:
+            cheapest = f"{options.batch_size} images: {words[enough.recompute]}"
+        elif own[-1].batch:
+            best = max(own, key=lambda fit: fit.batch)
+            cheapest = f"{options.batch_size} images do not fit: --device-batch {best.batch}, {words[best.recompute]}"
+        else:
+            cheapest = "not one image fits"
+        lines.append(f"  patch {patch_size}: {cheapest}; at most {most}")
+    return lines
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 2**20:.3g} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= size:
+            return f"{seconds / size:,.3g} {unit}"
+    return f"{1000 * seconds:.3g} ms"
+
+
+def _plot(rows: Sequence[Row], palette: Palette) -> Figure:
+    figure = Figure(figsize=(11, 3.6), layout="constrained", facecolor=palette["paper"])
+    panels: dict[str, Callable[[Row], float]] = {
+        "time (s an image)": lambda row: row.seconds / row.cost.batch,
+        "memory (GiB an image)": lambda row: row.cost.peak / row.cost.batch / 2**30,
+        "training FLOPs (an image)": lambda row: row.cost.training_flops / row.cost.batch,
+    }
+    crossed = dict(zip(panels, (crossovers(rows)[name] for name in ("time", "memory", "FLOPs")), strict=True))
+    for axes, (name, value) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for colour, family in (("c0", "scan"), ("c1", "attention")):
+            own = sorted((row for row in rows if row.family == family), key=lambda row: row.cost.tokens)
+            tokens, values = [row.cost.tokens for row in own], [value(row) for row in own]
+            axes.plot(
+                tokens,
+                values,
+                "o-",
+                color=palette[colour],
+                label=f"{family}, width {own[0].subject.embed_dim}",
+                markersize=4,
+            )
+        axes.set(xscale="log", yscale="log", xlabel="tokens")
+        axes.set_title(f"{name}\n{crossed[name]}", loc="left", color=palette["ink"], fontsize=8.5)
+        axes.set_xticks(tokens, [f"{t:,}" for t in tokens])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.tick_params(colors=palette["muted"])
+        axes.grid(axis="y", color=palette["rule"], linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, labelcolor=palette["ink"], fontsize=8)
+    return figure
