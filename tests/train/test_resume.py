@@ -103,6 +103,7 @@ def test_a_run_may_stop_twice_in_an_epoch(recipe, tmp_path):
 
 @pytest.mark.timeout(600)
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute on two free cores, much more on busy ones
 def test_killed_at_twenty_random_moments_a_run_ends_with_the_weights_of_an_undisturbed_one(recipe, tmp_path):
     # Saved after every step: much of the time goes by writing, and many kills fall into it.
     settings = EVERYTHING | {"epochs": 4, "save_minutes": 0.0, "trackers": (), "limit_val": 32}
