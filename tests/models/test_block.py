@@ -48,7 +48,7 @@ def published_order(mixer: Mamba2Mixer, u: torch.Tensor, flip: bool) -> torch.Te
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("patches", [1, 2, 3, 16, 64, 80])
+@pytest.mark.parametrize("patches", [1, 2, 3, 16, 64, 80, 93, 94, 150])  # from 94 on in more than one chunk
 def test_mixer_is_the_published_order_without_its_copies(patches, reverse, assert_near):
     mixer = randomised(Mamba2Mixer(8, d_state=5, headdim=4, reverse=reverse, dtype=torch.float64))
     parameters = dict(mixer.named_parameters())
@@ -79,7 +79,7 @@ def test_mixer_under_autocast_keeps_steps_and_decays_in_float32(monkeypatch):
 
     monkeypatch.setattr("patchscale.models.block.mix_tokens", spy)
     with torch.autocast("cpu", torch.bfloat16):
-        out = Mamba2Mixer(32)(torch.randn(2, 10, 32))
+        out = Mamba2Mixer(32)(torch.randn(2, 100, 32))
     assert seen == {
         "projected": torch.bfloat16,
         "A": torch.float32,

@@ -58,17 +58,17 @@ def draw(
     return {k: v.to(dtype if k in ("projected", "history") else parameters) for k, v in inputs.items()}
 
 
-def mix_and_gradients(mix, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
+def mix_and_gradients(
+    mix, inputs: dict[str, Tensor], outputs: tuple[str, ...] = ("out", "final_state"), **options
+) -> dict[str, Tensor]:
     leaves = {k: v.detach().clone().requires_grad_() for k, v in inputs.items()}
-    outputs = mix(**leaves, **options)
+    values = mix(**leaves, **options)
     generator = torch.Generator().manual_seed(1)
-    grad_outputs = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in outputs]
+    grad_outputs = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in values]
     # Rounded to bfloat16 for every dtype, so that a reference in float64 starts from the same numbers.
-    grad_outputs = [g.bfloat16().to(t.dtype) for g, t in zip(grad_outputs, outputs, strict=True)]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), grad_outputs)
-    return {"out": outputs[0], "final_state": outputs[1]} | {
-        f"grad of {k}": g for k, g in zip(leaves, gradients, strict=True)
-    }
+    grad_outputs = [g.bfloat16().to(t.dtype) for g, t in zip(grad_outputs, values, strict=True)]
+    gradients = torch.autograd.grad(values, list(leaves.values()), grad_outputs)
+    return dict(zip(outputs, values, strict=True)) | {f"grad of {k}": g for k, g in zip(leaves, gradients, strict=True)}
 
 
 def mixed(inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
@@ -162,6 +162,33 @@ def test_strong_and_weak_decay(rates, reverse, assert_near):
     for name, value in mixed(inputs, reverse=reverse, suffix=1).items():
         # Beyond exp(-30) nothing but rounding is left of the gradient of A.
         assert_near(value, expected[name], 1e-4 if name in SUMS else 1e-5, name)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("rates", [[0.001, 0.5, 0.01], [30.0, 30.0, 30.0], [0.01, 1.0, 30.0]])
+@pytest.mark.parametrize("length", [1, 2, 65, 95])
+def test_one_chunk_without_states(length, rates, reverse, assert_near):
+    inputs = draw(length, dtype=torch.float64)
+    del inputs["history"], inputs["initial_state"]
+    inputs["A"] = -torch.tensor(rates, dtype=torch.float64)
+    found, expected = (
+        mix_and_gradients(lambda f=mix, **given: f(**given, reverse=reverse)[:1], inputs, outputs=("out",))
+        for mix in (mix_tokens, mix_tokens_reference)
+    )
+    for name, value in found.items():
+        assert_near(value, expected[name], 1e-10, name)
+
+
+def test_one_chunk_without_states_costs_none():
+    inputs = {k: v.requires_grad_() for k, v in draw(80, heads=4, headdim=8, d_state=16).items()}
+    del inputs["initial_state"]
+    with FlopCounterMode(display=False) as forward:
+        out, _ = mix_tokens(**inputs)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    tokens, products, inside = 2 * 80, 80 * 16, 80 * 32
+    assert forward.get_total_flops() == 2 * tokens * (products + inside)
+    assert backward.get_total_flops() == 2 * tokens * (3 * products + 2 * inside)
 
 
 @property_test

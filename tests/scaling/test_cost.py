@@ -167,7 +167,7 @@ class _Live(TorchDispatchMode):
     def __init__(self, given):
         super().__init__()
         self.live = self.peak = 0
-        self.sizes = {t.untyped_storage()._cdata: 0 for t in given}
+        self.sizes = {t.untyped_storage()._cdata: 0 for t in given if t is not None}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -186,15 +186,27 @@ class _Live(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("batch", "length", "heads"), [(16, 17, 2), (4, 257, 4), (1, 1025, 8), (8, 65, 24)])
-def test_the_mixers_workspace_is_what_it_makes(batch, length, heads, reverse):
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "stateless"),
+    [
+        (16, 17, 2, False),
+        (4, 257, 4, False),
+        (1, 1025, 8, False),
+        (8, 65, 24, False),
+        (16, 18, 2, True),
+        (8, 66, 24, True),
+    ],
+)
+def test_the_mixers_workspace_is_what_it_makes(batch, length, heads, stateless, reverse):
     headdim, d_state = 64, 64
     d_inner, conv_dim = heads * headdim, heads * headdim + 2 * d_state
     made = [(batch, length, d_inner + conv_dim + heads), (conv_dim, 4), (conv_dim,), (heads,)]
     projected, taps, bias, dt_bias = (torch.zeros(shape) for shape in made)
     given = [projected, taps, bias, dt_bias, -torch.ones(heads), torch.ones(heads), torch.ones(d_inner)]
-    given += [torch.zeros(batch, 3, conv_dim), torch.zeros(batch, heads, headdim, d_state)]
-    options = (reverse, 1, 1e-5, 64)
+    given += (
+        [None, None] if stateless else [torch.zeros(batch, 3, conv_dim), torch.zeros(batch, heads, headdim, d_state)]
+    )
+    options = (reverse, 0 if stateless else 1, 1e-5, 64)
     forward, backward = mixer._mix_tokens._init_fn, mixer._mix_tokens_backward._init_fn
     forward(*given, *options, False, True)  # what is worked out once for a length is kept
 
@@ -207,7 +219,7 @@ def test_the_mixers_workspace_is_what_it_makes(batch, length, heads, reverse):
         gradients = backward(grad, None, *given, *kept, *options)
     found.append(live.peak - sum(t.untyped_storage().nbytes() for t in gradients))
     for backward, made in zip((False, True), found, strict=True):
-        expected = mixer.workspace_bytes(batch, length, d_inner, heads, d_state, 4, backward)
+        expected = mixer.workspace_bytes(batch, length, d_inner, heads, d_state, 4, backward, stateless)
         assert expected == pytest.approx(made, rel=0.35)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from patchscale.errors import UserError
 from patchscale.ops import mix_tokens
+from patchscale.ops.chunked import is_one_chunk
 from patchscale.ops.conv import tokens_before_next
 from patchscale.ops.sequence_parallel import BLOCK_TOKENS, SequenceGroup, decay_and_state, states_between
 
@@ -30,7 +31,8 @@ class Mamba2Mixer(nn.Module):
 
     Equal to the published order (prepend the mean token, flip the patches, scan, flip back, drop the first output)
     without any of its copies: the mean token's whole effect on the others is the state it leaves and its place in the
-    convolution's history; a flip is a scan from the right.
+    convolution's history; a flip is a scan from the right. So few tokens as fit a chunk do take the published order: a
+    state costs as much as d_state of them, and copies of their embeddings next to nothing.
     """
 
     def __init__(
@@ -79,12 +81,26 @@ class Mamba2Mixer(nn.Module):
         """(batch, patches + 1, embed_dim) -> (batch, patches + 1, embed_dim)."""
         if self.sequence_group is not None:
             return self._forward_slice(u, self.sequence_group)
+        if is_one_chunk(u.shape[1] + 1):
+            groups = u.split(_samples_at_a_time(u)) if _streams(u) else [u]
+            return torch.cat([self._forward_chunk(group) for group in groups])
         # in_proj is linear: the projection of the mean is the mean of the projections.
         history, state = self._heading(self.in_proj(u.mean(1, keepdim=True)))
         if _streams(u):
             return self._stream(u, history, state, self.reverse, suffix=1)
         out, _ = self._mix(self.in_proj(u), history, state, self.reverse, suffix=1)
         return self.out_proj(out)
+
+    def _forward_chunk(self, u: Tensor) -> Tensor:
+        """The same without any state: the mean token first, the others after it in scan order."""
+        in_scan_order = self._reverse_patches(u)
+        projected = self.in_proj(torch.cat([u.mean(1, keepdim=True), in_scan_order], dim=1))
+        out, _ = self._mix(projected, None, None, reverse=False)
+        return self._reverse_patches(self.out_proj(out[:, 1:]))
+
+    def _reverse_patches(self, u: Tensor) -> Tensor:
+        """From the order of tokens to that of the scan, and back."""
+        return torch.cat([u[:, :-1].flip(1), u[:, -1:]], dim=1) if self.reverse else u
 
     def _forward_slice(self, u: Tensor, group: SequenceGroup) -> Tensor:
         """The same on every process of a group; all compute the step of the class token, from the same numbers."""
@@ -139,14 +155,20 @@ class Mamba2Mixer(nn.Module):
         return F.pad(xBC, (0, 0, CONV_WIDTH - 2, 0)), written[..., None] * B[:, None, None]
 
     def _mix(
-        self, projected: Tensor, history: Tensor, state: Tensor, reverse: bool, suffix: int = 0, final: bool = False
+        self,
+        projected: Tensor,
+        history: Tensor | None,
+        state: Tensor | None,
+        reverse: bool,
+        suffix: int = 0,
+        final: bool = False,
     ) -> tuple[Tensor, Any]:
         return mix_tokens(
             projected,
             self.conv1d.weight.squeeze(1),
             self.conv1d.get_parameter("bias"),
             self.dt_bias,
-            -torch.exp(self.A_log.to(state.dtype)),
+            -torch.exp(self.A_log.to(torch.promote_types(projected.dtype, torch.float32))),
             self.D,
             self.norm.weight,
             history=history,
@@ -161,7 +183,7 @@ class Mamba2Mixer(nn.Module):
         """The same as one pass over all tokens, in little memory: some tokens of some samples at a time."""
         batch, length, _ = u.shape
         out = torch.empty_like(u)
-        samples = max(1, STREAM_TOKENS // length)
+        samples = _samples_at_a_time(u)
         for group in (slice(s, s + samples) for s in range(0, batch, samples)):
             before, group_state = history[group], state[group]
             for start, stop, from_right in _spans(length, reverse, suffix):
@@ -176,6 +198,10 @@ class Mamba2Mixer(nn.Module):
 def _streams(u: Tensor) -> bool:
     """Whether tokens are taken some at a time."""
     return not torch.is_grad_enabled() and u.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _samples_at_a_time(u: Tensor) -> int:
+    return max(1, STREAM_TOKENS // u.shape[1])
 
 
 def _spans(length: int, reverse: bool, suffix: int = 0) -> list[tuple[int, int, bool]]:

@@ -15,7 +15,8 @@ one matrix M = C B^T, masked, and a chunk is three matrix products, whatever the
 With c in the middle of the chunk's decays, the factors stay far from the ends of the number format as long as a head
 decays by less than exp(120) in a chunk. Heads that decay more are left out, and computed pair by pair (`pairwise.py`).
 
-Chunks are taken a few at a time, as many as fit the cache: only the passing on of states is one after the other.
+Chunks are taken a few at a time, as many as fit the cache: only the passing on of states is one after the other. A
+sequence of one chunk that no state enters or leaves has none: of the products only those with M are left.
 
 Shapes in comments: b = samples in the group, k = chunks in the block, Q = tokens in the chunk, h = heads, p = headdim,
 n = d_state. States are (b, n, h p) here, so that all heads are one matrix.
@@ -24,7 +25,8 @@ n = d_state. States are (b, n, h p) here, so that all heads are one matrix.
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +149,16 @@ def chunk_bounds(length: int, reverse: bool, suffix: int, chunk_size: int) -> li
     return bounds + [(s, min(s + chunk_size, length)) for s in range(body, length, chunk_size)]
 
 
+def is_stateless(chunks: int, initial_state: Tensor | None, want_final: bool) -> bool:
+    """Whether a scan is one masked product: so many chunks, no state before them, and none wanted after them."""
+    return chunks == 1 and initial_state is None and not want_final
+
+
+def is_one_chunk(length: int) -> bool:
+    """Whether so many tokens, scanned in one direction, are a single chunk."""
+    return len(chunk_bounds(length, False, 0, DEFAULT_CHUNK_SIZE)) == 1
+
+
 def cut(x: Tensor, heads: int, headdim: int, reverse: bool, suffix: int, chunk_size: int) -> tuple[Plan, list[slice]]:
     """The plan of (batch, length, ...) tokens, and groups of samples: so many that a block of them fits the cache."""
     batch, length = x.shape[:2]
@@ -163,27 +175,32 @@ def group_and_block(batch: int, length: int, width: int, chunk_size: int) -> tup
 
 
 class _Buffers:
-    """What the matrix products of a block read and write: rows [G; X'], mixing [C | M], and the same for gradients."""
+    """What the matrix products of a block read and write: rows [G; X'], mixing [C | M], and the same for gradients.
 
-    def __init__(self, batch: int, chunks: int, size: int, d_state: int, width: int, like: Tensor) -> None:
-        n = d_state
+    Where there are no states, ``n`` is 0: rows X' and mixing M.
+    """
+
+    def __init__(
+        self, batch: int, chunks: int, size: int, d_state: int, width: int, like: Tensor, stateless: bool
+    ) -> None:
+        self.n = n = 0 if stateless else d_state
         self.rows = like.new_empty(batch, chunks, n + size, width)
         self.mixing = like.new_empty(batch, chunks, size, n + size)
-        self.B = like.new_empty(batch, chunks, size, n)
+        self.B = like.new_empty(batch, chunks, size, d_state)
+        self.C = torch.empty_like(self.B) if stateless else self.mixing[:, :, :, :n]
         self.y = like.new_empty(batch * chunks, size, width)
         self.flat_rows, self.flat_mixing = self.rows.flatten(0, 1), self.mixing.flatten(0, 1)
         self.flat_B = self.B.flatten(0, 1)
-        self.flat_C, self.flat_products = self.flat_mixing[:, :, :n], self.flat_mixing[:, :, n:]
+        self.flat_C, self.flat_products = self.C.flatten(0, 1), self.flat_mixing[:, :, n:]
         self.states = self.rows[:, :, :n].unbind(1)
         self.written = self.rows[:, :, n:]
         self.written_by_chunk = self.written.unbind(1)
         self.B_by_chunk = self.B.transpose(2, 3).unbind(1)
-        self.C_by_chunk = self.mixing[:, :, :, :n].transpose(2, 3).unbind(1)
+        self.C_by_chunk = self.C.transpose(2, 3).unbind(1)
 
     def add_gradients(self) -> None:
         """[dG; dP] and [B | M^T], and room for a product over all heads and for one over tokens."""
-        n = self.B.shape[3]
-        size = self.rows.shape[2]
+        n, size = self.n, self.rows.shape[2]
         self.gram = self.rows.new_empty(self.flat_rows.shape[0], size, size)
         self.spare = torch.empty_like(self.y)
         self.spare_state = torch.empty_like(self.rows[:, 0, :n])
@@ -211,9 +228,9 @@ class _Strong:
 class Scan:
     """The scan of a group of samples, block by block in scan order; then, for gradients, back again."""
 
-    def __init__(self, dt: Tensor, A: Tensor, plan: Plan, headdim: int, d_state: int) -> None:
-        """dt: (b, length, h) and A: (h,), both in the working precision."""
-        self.dt, self.A, self.plan, self.d_state = dt, A, plan, d_state
+    def __init__(self, dt: Tensor, A: Tensor, plan: Plan, headdim: int, d_state: int, stateless: bool = False) -> None:
+        """dt: (b, length, h) and A: (h,), both in the working precision; stateless: see :func:`is_stateless`."""
+        self.dt, self.A, self.plan, self.d_state, self.stateless = dt, A, plan, d_state, stateless
         self.heads = dt.shape[2], headdim
         # Sums of log-decays in float64: an error in them is a relative error of what they multiply. There are few.
         exact = torch.float32 if dt.device.type == "mps" else torch.float64
@@ -253,7 +270,8 @@ class Scan:
             self.write.masked_fill_(hidden[..., None], 0.0)
             self.pass_on.masked_fill_(strong, 0.0)
         self.write_dt = self.write * dt[..., None]
-        self.state = dt.new_zeros(dt.shape[0], d_state, dt.shape[2] * headdim)  # G before the next chunk
+        # G before the next chunk
+        self.state = dt.new_zeros(dt.shape[0], 0 if stateless else d_state, dt.shape[2] * headdim)
         self._buffers: dict[tuple[int, int], _Buffers] = {}
 
     def begin(self, initial_state: Tensor) -> None:
@@ -279,12 +297,12 @@ class Scan:
             buffers.states[order[0]].copy_(self.state)
         for j, after in itertools.pairwise(order):
             self._pass_on(i, j, buffers, strong, buffers.states[after])
-        if states is not None:
+        if states is not None and not self.stateless:
             states.copy_(buffers.rows[:, :, : self.d_state])
         torch.bmm(buffers.flat_mixing, buffers.flat_rows, out=buffers.y)
         torch.mul(buffers.y.view(x.shape), self.read[:, block.tokens], out=y)
         if strong is not None:
-            output = strong.chunks.output(self._strong_heads(buffers.rows[:, :, : self.d_state], i).flatten(0, 1))
+            output = strong.chunks.output(self._strong_states(buffers.rows[:, :, : buffers.n], i))
             y[:, :, self.strong[i]] = strong.by_token(output).to(y.dtype)
         self.state = buffers.states[order[-1]]
         if pass_on:
@@ -295,11 +313,11 @@ class Scan:
         by_chunk = block.chunks, (block.stop - block.start) // block.chunks
         if by_chunk not in self._buffers:
             self._buffers[by_chunk] = _Buffers(
-                self.dt.shape[0], *by_chunk, self.d_state, self.heads[0] * self.heads[1], self.dt
+                self.dt.shape[0], *by_chunk, self.d_state, self.heads[0] * self.heads[1], self.dt, self.stateless
             )
         buffers = self._buffers[by_chunk]
         buffers.B.copy_(B.unflatten(1, by_chunk))
-        buffers.mixing[:, :, :, : self.d_state] = C.unflatten(1, by_chunk)
+        buffers.C.copy_(C.unflatten(1, by_chunk))
         torch.bmm(buffers.flat_C, buffers.flat_B.transpose(1, 2), out=buffers.flat_products)
         buffers.flat_products.mul_(block.seen)
         write = self.write_dt[:, block.tokens].unflatten(1, by_chunk)
@@ -346,6 +364,10 @@ class Scan:
         """(..., n, h p) -> (..., strong heads, p, n), a copy; the middle of their decays is 0, so that G is H."""
         return self._by_head(state)[..., self.strong[i], :].movedim(-3, -1)
 
+    def _strong_states(self, states: Tensor, i: int) -> Tensor | None:
+        """The same of all chunks, (b k, strong heads, p, n); None if there are no states."""
+        return None if self.stateless else self._strong_heads(states, i).flatten(0, 1)
+
     def _set_strong_heads(self, state: Tensor, i: int, value: Tensor) -> None:
         self._by_head(state)[:, :, self.strong[i]] = value.permute(0, 3, 1, 2)
 
@@ -374,50 +396,38 @@ class Scan:
         x, dx, dy and y (computed again if None): (b, k Q, h, p), dx of any precision. states: G before each chunk,
         (b, k, n, h p), and next_state before the next block, None if nothing depends on it.
         """
-        block, n = self.plan.blocks[i], self.d_state
+        block = self.plan.blocks[i]
         buffers = self._prepare(block, x, B, C)
+        n = buffers.n
         by_chunk = block.chunks, (block.stop - block.start) // block.chunks
         if not hasattr(buffers, "grad_rows"):
             buffers.add_gradients()
         strong = self._strong_chunks(i, x, buffers)
-        if strong is not None:
-            strong_dy = dy[:, :, self.strong[i]].unflatten(1, by_chunk).flatten(0, 1).transpose(1, 2)
-            read = strong.chunks.gradient_of_state_read(strong_dy).unflatten(0, (-1, block.chunks))
-            strong_dstates = torch.empty_like(read)  # of the states after the chunks
         factor = self.read[:, block.tokens].unflatten(1, by_chunk)
         torch.mul(dy.unflatten(1, by_chunk), factor, out=buffers.grad_read.unflatten(3, self.heads))
 
-        # From the last chunk to the first: the gradient of the state. That of a factor is its share of all exponents.
-        dtotal = self.dt.new_zeros(self.dt.shape[0], block.chunks, self.heads[0])
-        for j in reversed(block.in_scan_order):
-            if strong is not None:
-                torch.mul(self._strong_heads(self.grad_state, i), strong.to_next[:, j], out=strong_dstates[:, j])
-            if next_state is not None:
-                torch.mul(self.grad_state, next_state, out=buffers.spare_state)
-                dtotal[:, j] = buffers.spare_state.sum(1).unflatten(1, self.heads).sum(2)
-            pass_on = self.pass_on[:, block.first + j, None, :, None]
-            torch.mul(self._by_head(self.grad_state), pass_on, out=self._by_head(buffers.grad_states[j]))
-            if self.pass_on_rest is not None:
-                self._by_head(buffers.grad_states[j]).mul_(self.pass_on_rest[:, block.first + j, None, :, None])
-            torch.baddbmm(
-                buffers.grad_states[j], buffers.C_by_chunk[j], buffers.grad_read_by_chunk[j], out=self.grad_state
-            )
-            if strong is not None:
-                dstate = read[:, j].addcmul(strong_dstates[:, j], strong.whole[:, j])
-                self._set_strong_heads(self.grad_state, i, dstate)
-            next_state = states[:, j]
+        if strong is not None:
+            strong_dy = dy[:, :, self.strong[i]].unflatten(1, by_chunk).flatten(0, 1).transpose(1, 2)
+        dtotal = strong_dstates = None
+        if not self.stateless:
+            read = None if strong is None else strong.chunks.gradient_of_state_read(strong_dy)
+            dtotal, strong_dstates = self._pass_back(i, buffers, states, next_state, strong, read)
+            buffers.rows[:, :, :n] = states
 
         # dM = dP X'^T, dC = dP G^T + dM B and dB = X' dG^T + dM^T C, summed over heads by the product itself; all in
         # one, with dG G^T for nothing: libraries are slow at narrow products of this kind. What is masked
         # may be infinite.
-        buffers.rows[:, :, :n] = states
         gram = torch.bmm(buffers.flat_grad_rows, buffers.flat_rows.transpose(1, 2), out=buffers.gram)
         dproducts = gram[:, n:, n:].masked_fill_(block.unseen, 0.0)
-        dC = gram[:, n:, :n].baddbmm_(dproducts, buffers.flat_B)
-        dB = torch.baddbmm(gram[:, :n, n:].transpose(1, 2), dproducts.transpose(1, 2), buffers.flat_C)
+        if self.stateless:
+            dC, dB = torch.bmm(dproducts, buffers.flat_B), torch.bmm(dproducts.transpose(1, 2), buffers.flat_C)
+        else:
+            dC = gram[:, n:, :n].baddbmm_(dproducts, buffers.flat_B)
+            dB = torch.baddbmm(gram[:, :n, n:].transpose(1, 2), dproducts.transpose(1, 2), buffers.flat_C)
 
         # dX' = [B | M^T] [dG; dP]
-        buffers.back_mixing[:, :, :n] = buffers.flat_B
+        if not self.stateless:
+            buffers.back_mixing[:, :, :n] = buffers.flat_B
         buffers.back_mixing[:, :, n:] = buffers.flat_products.transpose(1, 2)
         spare = buffers.spare.view(x.shape)
         if y is None:
@@ -432,14 +442,13 @@ class Scan:
         # The log-decay of u is in every cs_t with t not before u.
         # These sums cancel to a large part, hence float64.
         dlog_decay = block.seen.t().to(self.cs.dtype) @ dcs.to(self.cs.dtype).unflatten(1, by_chunk)
-        dlog_decay = dlog_decay.add_(dtotal[:, :, None]).to(self.dt.dtype)
-
-        dlog_decay = dlog_decay.flatten(1, 2)
+        if dtotal is not None:
+            dlog_decay.add_(dtotal[:, :, None])
+        dlog_decay = dlog_decay.to(self.dt.dtype).flatten(1, 2)
         if strong is not None:
             heads = self.strong[i]
-            state = self._strong_heads(states, i).flatten(0, 1)
             dxdt, strong_dlog, strong_dB, strong_dC = strong.chunks.backward(
-                state, strong_dy, strong_dstates.flatten(0, 1)
+                strong_dy, self._strong_states(states, i), strong_dstates
             )
             dx[:, :, heads] = strong.by_token(dxdt * strong.chunks.dt[..., None]).to(dx.dtype)
             ddt[:, :, heads] = strong.by_token((dxdt * strong.chunks.x).sum(3))
@@ -450,8 +459,52 @@ class Scan:
         self.grad_log_decay[:, block.tokens] = dlog_decay
         return tuple(d.unflatten(0, (-1, block.chunks)).flatten(1, 2) for d in (dB, dC))
 
+    def _pass_back(
+        self,
+        i: int,
+        buffers: _Buffers,
+        states: Tensor,
+        next_state: Tensor | None,
+        strong: _Strong | None,
+        read: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """From the last chunk of block i to the first: the gradients of the states, to ``buffers.grad_states``.
+
+        For heads that decay strongly, read: what their chunks' outputs add to the gradient, (b k, h, p, n).
+
+        Returns the share that the factor from one state to the next has in the gradients of all exponents of a chunk,
+        (b, k, h), and the gradients of the states after the chunks for heads that decay strongly, (b k, h, p, n).
+        """
+        block = self.plan.blocks[i]
+        dtotal = self.dt.new_zeros(self.dt.shape[0], block.chunks, self.heads[0])
+        strong_dstates = None
+        if read is not None:
+            read = read.unflatten(0, (-1, block.chunks))
+            strong_dstates = torch.empty_like(read)
+        for j in reversed(block.in_scan_order):
+            if strong_dstates is not None:
+                torch.mul(self._strong_heads(self.grad_state, i), strong.to_next[:, j], out=strong_dstates[:, j])
+            if next_state is not None:
+                torch.mul(self.grad_state, next_state, out=buffers.spare_state)
+                dtotal[:, j] = buffers.spare_state.sum(1).unflatten(1, self.heads).sum(2)
+            pass_on = self.pass_on[:, block.first + j, None, :, None]
+            torch.mul(self._by_head(self.grad_state), pass_on, out=self._by_head(buffers.grad_states[j]))
+            if self.pass_on_rest is not None:
+                self._by_head(buffers.grad_states[j]).mul_(self.pass_on_rest[:, block.first + j, None, :, None])
+            torch.baddbmm(
+                buffers.grad_states[j], buffers.C_by_chunk[j], buffers.grad_read_by_chunk[j], out=self.grad_state
+            )
+            if read is not None and strong_dstates is not None:
+                dstate = read[:, j].addcmul(strong_dstates[:, j], strong.whole[:, j])
+                self._set_strong_heads(self.grad_state, i, dstate)
+            next_state = states[:, j]
+        return dtotal, None if strong_dstates is None else strong_dstates.flatten(0, 1)
+
     def end_backward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of dt, (b, length, h), of A, (h,), and of the initial state, (b, h, p, n)."""
+        """Gradients of dt, (b, length, h), of A, (h,), and of the initial state, (b, h, p, n).
+
+        The last is empty where there are no states.
+        """
         dA = (self.grad_log_decay * self.dt).sum((0, 1))
         ddt = self.grad_dt.addcmul_(self.grad_log_decay, self.A)
         dinitial = self._by_head(self.grad_state) * self.to_first[:, None, :, None]
@@ -498,16 +551,18 @@ def ssd_scan(
     work = work_dtype(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     the_plan, groups = cut(x, heads, headdim, reverse, suffix, chunk_size)
+    stateless = is_stateless(the_plan.chunks, initial_state, want_final)
     final_state = torch.empty(final_shape(x, B, want_final), dtype=work, device=x.device)
-    states = torch.empty(states_shape(x, B, the_plan, keep_states), dtype=work, device=x.device)
+    kept_chunks = the_plan.chunks if keep_states and not stateless else 0
+    states = torch.empty(states_shape(x, B, kept_chunks), dtype=work, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         for group in groups:
-            scan = Scan(dt[group].to(work), A.to(work), the_plan, headdim, B.shape[2])
+            scan = Scan(dt[group].to(work), A.to(work), the_plan, headdim, B.shape[2], stateless)
             if initial_state is not None:
                 scan.begin(initial_state[group].to(work))
             for i, block in enumerate(the_plan.blocks):
                 x_i, B_i, C_i = (t[group, block.tokens].to(work) for t in (x, B, C))
-                kept = states[group, block.numbers] if keep_states else None
+                kept = states[group, block.numbers] if kept_chunks else None
                 pass_on = want_final or i + 1 < len(the_plan.blocks)
                 scan.forward(i, x_i, B_i, C_i, y[group, block.tokens], kept, pass_on)
             if want_final:
@@ -524,20 +579,24 @@ def final_shape(x: Tensor, B: Tensor, want_final: bool) -> tuple[int, ...]:
     return (batch, heads, headdim, B.shape[2]) if want_final else (0,)
 
 
-def states_shape(x: Tensor, B: Tensor, the_plan: Plan, keep: bool) -> tuple[int, ...]:
+def gradient_shape(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0,) if tensor is None else tuple(tensor.shape)
+
+
+def states_shape(x: Tensor, B: Tensor, chunks: int) -> tuple[int, ...]:
     batch, _, heads, headdim = x.shape
-    return (batch, the_plan.chunks, B.shape[2], heads * headdim) if keep else (0,)
+    return (batch, chunks, B.shape[2], heads * headdim)
 
 
 @ssd_scan.register_fake
 def _(x, dt, A, B, C, initial_state, reverse, suffix, chunk_size, want_final, keep_states):
     work = work_dtype(x)
-    chunks = len(chunk_bounds(x.shape[1], reverse, suffix, chunk_size)) if keep_states else 0
-    states_size = (x.shape[0], chunks, B.shape[2], x.shape[2] * x.shape[3]) if keep_states else (0,)
+    chunks = len(chunk_bounds(x.shape[1], reverse, suffix, chunk_size))
+    kept_chunks = chunks if keep_states and not is_stateless(chunks, initial_state, want_final) else 0
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty(final_shape(x, B, want_final), dtype=work),
-        x.new_empty(states_size, dtype=work),
+        x.new_empty(states_shape(x, B, kept_chunks), dtype=work),
     )
 
 
@@ -558,17 +617,18 @@ def ssd_scan_backward(
     suffix: int,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C and initial_state, each in its tensor's dtype (zeros for an absent one)."""
+    """Gradients of x, dt, A, B, C and initial_state, each in its tensor's dtype (empty for an absent one)."""
     work = work_dtype(x)
-    batch, _, heads, headdim = x.shape
+    _, _, heads, headdim = x.shape
     d_state = B.shape[2]
     dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
     dA = torch.zeros(heads, dtype=work, device=x.device)
-    dinitial = torch.zeros(batch, heads, headdim, d_state, dtype=work, device=x.device)
+    dinitial = torch.empty(gradient_shape(initial_state), dtype=work, device=x.device)
     the_plan, groups = cut(x, heads, headdim, reverse, suffix, chunk_size)
+    stateless = is_stateless(the_plan.chunks, initial_state, final_state.ndim > 1)
     with torch.autocast(x.device.type, enabled=False):
         for group in groups:
-            scan = Scan(dt[group].to(work), A.to(work), the_plan, headdim, d_state)
+            scan = Scan(dt[group].to(work), A.to(work), the_plan, headdim, d_state, stateless)
             scan.begin_backward(None if grad_final is None else grad_final[group].to(work))
             next_state = None if grad_final is None else final_state[group].permute(0, 3, 1, 2).flatten(2)
             for i in reversed(range(len(the_plan.blocks))):
@@ -578,9 +638,11 @@ def ssd_scan_backward(
                 block_states = states[group, block.numbers]
                 dB_dC = scan.backward(i, x_i, B_i, C_i, y_i, dy_i, block_states, next_state, dx[group, block.tokens])
                 dB[group, block.tokens], dC[group, block.tokens] = dB_dC
-                next_state = block_states[:, block.in_scan_order[0]]
-            ddt[group], dA_group, dinitial[group] = scan.end_backward()
+                next_state = None if stateless else block_states[:, block.in_scan_order[0]]
+            ddt[group], dA_group, dinitial_group = scan.end_backward()
             dA += dA_group
+            if initial_state is not None:
+                dinitial[group] = dinitial_group
     return (
         dx,
         ddt,
@@ -593,10 +655,10 @@ def ssd_scan_backward(
 
 @ssd_scan_backward.register_fake
 def _(grad_y, grad_final, x, dt, A, B, C, initial_state, y, final_state, states, reverse, suffix, chunk_size):
-    batch, _, heads, headdim = x.shape
     dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
     state_dtype = work_dtype(x) if initial_state is None else initial_state.dtype
-    return dx, ddt, A.new_empty(A.shape), dB, dC, x.new_empty(batch, heads, headdim, B.shape[2], dtype=state_dtype)
+    dinitial = x.new_empty(gradient_shape(initial_state), dtype=state_dtype)
+    return dx, ddt, A.new_empty(A.shape), dB, dC, dinitial
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -620,17 +682,24 @@ def _backward(ctx, grad_y, grad_final, grad_states):
 ssd_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
-def matrix_flops(x_shape, d_state: int, reverse: bool, suffix: int, chunk_size: int) -> tuple[int, int, int]:
-    """FLOPs of the chunks' products: C B^T (all heads at once), scores times x, and a pass over the states."""
+def matrix_flops(
+    x_shape: Sequence[int], d_state: int, reverse: bool, suffix: int, chunk_size: int, initial: Any, want_final: bool
+) -> tuple[int, int, int]:
+    """FLOPs of the chunks' products: C B^T (all heads at once), scores times x, and a pass over the states.
+
+    initial: None if there is no initial state.
+    """
     batch, length, heads, headdim = x_shape
-    pairs = batch * sum((stop - start) ** 2 for start, stop in chunk_bounds(length, reverse, suffix, chunk_size))
-    return 2 * pairs * d_state, 2 * pairs * heads * headdim, 2 * batch * length * heads * headdim * d_state
+    bounds = chunk_bounds(length, reverse, suffix, chunk_size)
+    pairs = batch * sum((stop - start) ** 2 for start, stop in bounds)
+    states = 0 if is_stateless(len(bounds), initial, want_final) else 2 * batch * length * heads * headdim * d_state
+    return 2 * pairs * d_state, 2 * pairs * heads * headdim, states
 
 
 @register_flop_formula(torch.ops.patchscale.ssd_scan)
 def _forward_flops(x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs) -> int:
-    *_, reverse, suffix, chunk_size, _, _ = args
-    products, inside, states = matrix_flops(x_shape, B_shape[2], reverse, suffix, chunk_size)
+    _, initial, reverse, suffix, chunk_size, want_final, _ = args
+    products, inside, states = matrix_flops(x_shape, B_shape[2], reverse, suffix, chunk_size, initial, want_final)
     return products + inside + 2 * states
 
 
@@ -638,6 +707,7 @@ def _forward_flops(x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, *
 def _backward_flops(
     grad_y_shape, grad_final_shape, x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs
 ) -> int:
-    *_, reverse, suffix, chunk_size = args
-    products, inside, states = matrix_flops(x_shape, B_shape[2], reverse, suffix, chunk_size)
+    _, initial, _, final, _, reverse, suffix, chunk_size = args
+    sizes = x_shape, B_shape[2], reverse, suffix, chunk_size, initial, len(final) > 1
+    products, inside, states = matrix_flops(*sizes)
     return 3 * products + 2 * inside + 4 * states

@@ -128,16 +128,18 @@ def _mix_tokens(
     sizes = _Sizes(conv_weight, A, norm_weight)
     work = chunked.work_dtype(projected)
     plan, groups = chunked.cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size)
+    stateless = chunked.is_stateless(plan.chunks, initial_state, want_final)
     out = projected.new_empty(batch, length, sizes.d_inner)
+    kept_chunks = plan.chunks if keep and not stateless else 0
     final_state, ys, states = (
         projected.new_empty(shape, dtype=work)
-        for shape in _kept_shapes(projected, sizes, plan.chunks, want_final, keep)
+        for shape in _kept_shapes(projected, sizes, kept_chunks, want_final, keep)
     )
     with torch.autocast(projected.device.type, enabled=False):
         stream = _Stream(sizes, conv_weight, conv_bias, dt_bias, A, D, norm_weight, eps, work)
         for group in groups:
             z, xBC, dt = sizes.split(projected[group])
-            scan = chunked.Scan(stream.step_sizes(dt), stream.A, plan, sizes.headdim, sizes.d_state)
+            scan = chunked.Scan(stream.step_sizes(dt), stream.A, plan, sizes.headdim, sizes.d_state, stateless)
             if initial_state is not None:
                 scan.begin(initial_state[group].to(work))
             before = stream.history(history, group, xBC)
@@ -145,7 +147,7 @@ def _mix_tokens(
                 window, before = window_of(xBC[:, block.tokens], before, block.reverse)
                 x, B, C = sizes.split_conv(F.silu(stream.convolve(window.to(work), block.reverse), inplace=True))
                 y = ys[group, block.tokens] if keep else stream.room("y", x.shape[:2])
-                kept = states[group, block.numbers] if keep else None
+                kept = states[group, block.numbers] if kept_chunks else None
                 pass_on = want_final or i + 1 < len(plan.blocks)
                 scan.forward(i, x, B, C, y.view(x.shape) if not keep else y.unflatten(2, sizes.by_head), kept, pass_on)
                 _, gated, scale = stream.gate(y, x, z[:, block.tokens])
@@ -180,7 +182,7 @@ def _kept_shapes(projected: Tensor, sizes: _Sizes, chunks: int, want_final: bool
     return [
         (batch, sizes.heads, sizes.headdim, sizes.d_state) if want_final else (0,),
         (batch, length, sizes.d_inner) if keep else (0,),
-        (batch, chunks, sizes.d_state, sizes.d_inner) if keep else (0,),
+        (batch, chunks, sizes.d_state, sizes.d_inner),
     ]
 
 
@@ -254,8 +256,9 @@ def _(
     reverse, suffix, eps, chunk_size, want_final, keep,
 ):  # fmt: skip
     sizes, work = _Sizes(conv_weight, A, norm_weight), chunked.work_dtype(projected)
-    chunks = len(chunked.chunk_bounds(projected.shape[1], reverse, suffix, chunk_size)) if keep else 0
-    kept = [projected.new_empty(s, dtype=work) for s in _kept_shapes(projected, sizes, chunks, want_final, keep)]
+    chunks = len(chunked.chunk_bounds(projected.shape[1], reverse, suffix, chunk_size))
+    kept_chunks = chunks if keep and not chunked.is_stateless(chunks, initial_state, want_final) else 0
+    kept = [projected.new_empty(s, dtype=work) for s in _kept_shapes(projected, sizes, kept_chunks, want_final, keep)]
     return projected.new_empty(*projected.shape[:2], sizes.d_inner), *kept
 
 
@@ -280,10 +283,10 @@ def _mix_tokens_backward(
     eps: float,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the first nine tensors of the forward, each in its dtype (zeros for an absent one)."""
-    batch = projected.shape[0]
+    """Gradients of the first nine tensors of the forward, each in its dtype (empty for an absent one)."""
     sizes, work = _Sizes(conv_weight, A, norm_weight), chunked.work_dtype(projected)
     plan, groups = chunked.cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size)
+    stateless = chunked.is_stateless(plan.chunks, initial_state, final_state.ndim > 1)
     dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
 
     def zeros(*shape: int) -> Tensor:
@@ -292,14 +295,14 @@ def _mix_tokens_backward(
     dtaps, dconv_bias = zeros(sizes.conv_dim, sizes.width), zeros(sizes.conv_dim)
     ddt_bias, dA = zeros(sizes.heads), zeros(sizes.heads)
     dnorm_weight, dD = zeros(sizes.d_inner), zeros(sizes.d_inner)
-    dhistory = zeros(batch, sizes.width - 1, sizes.conv_dim)
-    dinitial = zeros(batch, sizes.heads, sizes.headdim, sizes.d_state)
+    dhistory = zeros(*chunked.gradient_shape(history))
+    dinitial = zeros(*chunked.gradient_shape(initial_state))
     with torch.autocast(projected.device.type, enabled=False):
         stream = _Stream(sizes, conv_weight, conv_bias, dt_bias, A, D, norm_weight, eps, work)
         for group in groups:
             z, xBC, dt = sizes.split(projected[group])
             dz, dxBC, ddt = sizes.split(dprojected[group])
-            scan = chunked.Scan(stream.step_sizes(dt), stream.A, plan, sizes.headdim, sizes.d_state)
+            scan = chunked.Scan(stream.step_sizes(dt), stream.A, plan, sizes.headdim, sizes.d_state, stateless)
             scan.begin_backward(None if grad_final is None else grad_final[group].to(work))
             befores = [stream.history(history, group, xBC)]
             for block in plan.blocks:
@@ -324,7 +327,7 @@ def _mix_tokens_backward(
                 dB_dC = scan.backward(i, x, B, C, y, dy, block_states, next_state, dx)
                 for gradient, value in zip((dB, dC), dB_dC, strict=True):
                     gradient.copy_(value)
-                next_state = block_states[:, block.in_scan_order[0]]
+                next_state = None if stateless else block_states[:, block.in_scan_order[0]]
                 dx.addcmul_(dy, stream.D[:, None])
                 dD += (
                     torch.mul(dy, x, out=stream.room("silu", dout.shape[:2]).view(x.shape))
@@ -339,9 +342,12 @@ def _mix_tokens_backward(
                 dconv_bias += dblock_bias
                 dblock, dafter = gradients_of_window(dwindow, dafter, block.reverse)
                 dxBC[:, block.tokens] = dblock
-            dhistory[group] = dafter
-            dsteps, dA_group, dinitial[group] = scan.end_backward()
+            dsteps, dA_group, dinitial_group = scan.end_backward()
             dA += dA_group
+            if history is not None:
+                dhistory[group] = dafter
+            if initial_state is not None:
+                dinitial[group] = dinitial_group
             dsteps *= torch.sigmoid(dt.to(work) + stream.dt_bias)
             ddt_bias += dsteps.sum((0, 1))
             ddt.copy_(dsteps)
@@ -363,18 +369,15 @@ def _(
     grad_out, grad_final, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, history, initial_state,
     final_state, ys, states, reverse, suffix, eps, chunk_size,
 ):  # fmt: skip
-    sizes, work = _Sizes(conv_weight, A, norm_weight), chunked.work_dtype(projected)
-    parameters = [t.new_empty(t.shape) for t in (conv_weight, conv_bias, dt_bias, A, D, norm_weight)]
-    batch = projected.shape[0]
+    present = projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight
+    work = chunked.work_dtype(projected)
     return (
-        projected.new_empty(projected.shape),
-        *parameters,
-        projected.new_empty(batch, sizes.width - 1, sizes.conv_dim, dtype=work if history is None else history.dtype),
-        projected.new_empty(
-            batch, sizes.heads, sizes.headdim, sizes.d_state,
-            dtype=work if initial_state is None else initial_state.dtype,
+        *(t.new_empty(t.shape) for t in present),
+        *(
+            projected.new_empty(chunked.gradient_shape(t), dtype=work if t is None else t.dtype)
+            for t in (history, initial_state)
         ),
-    )  # fmt: skip
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -397,7 +400,7 @@ def _backward(ctx, grad_out, grad_final, grad_ys, grad_states):
 _mix_tokens.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _scan_flops(projected_shape, conv_shape, A_shape, norm_shape, options) -> tuple[int, int, int]:
+def _scan_flops(projected_shape, conv_shape, A_shape, norm_shape, *options) -> tuple[int, int, int]:
     batch, length, _ = projected_shape
     d_inner, heads = norm_shape[0], A_shape[0]
     d_state = (conv_shape[0] - d_inner) // 2
@@ -406,8 +409,9 @@ def _scan_flops(projected_shape, conv_shape, A_shape, norm_shape, options) -> tu
 
 @register_flop_formula(torch.ops.patchscale.mix_tokens)
 def _forward_flops(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *args, out_shape=None, **kw) -> int:
-    _, _, reverse, suffix, _, chunk_size, _, _ = args
-    products, inside, states = _scan_flops(projected, conv_weight, A, norm_weight, (reverse, suffix, chunk_size))
+    _, initial, reverse, suffix, _, chunk_size, want_final, _ = args
+    options = reverse, suffix, chunk_size, initial, want_final
+    products, inside, states = _scan_flops(projected, conv_weight, A, norm_weight, *options)
     return products + inside + 2 * states
 
 
@@ -415,13 +419,21 @@ def _forward_flops(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight
 def _backward_flops(
     grad_out, grad_final, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *args, out_shape=None, **kw
 ) -> int:
-    *_, reverse, suffix, _, chunk_size = args
-    products, inside, states = _scan_flops(projected, conv_weight, A, norm_weight, (reverse, suffix, chunk_size))
+    _, initial, final, _, _, reverse, suffix, _, chunk_size = args
+    options = reverse, suffix, chunk_size, initial, len(final) > 1
+    products, inside, states = _scan_flops(projected, conv_weight, A, norm_weight, *options)
     return 3 * products + 2 * inside + 4 * states
 
 
 def workspace_bytes(
-    batch: int, length: int, d_inner: int, heads: int, d_state: int, itemsize: int, backward: bool
+    batch: int,
+    length: int,
+    d_inner: int,
+    heads: int,
+    d_state: int,
+    itemsize: int,
+    backward: bool,
+    stateless: bool,
 ) -> int:
     """Memory that the plain implementation needs while it runs, beside what it is given and gives; within a tenth.
 
@@ -433,15 +445,17 @@ def workspace_bytes(
         d_state: state size.
         itemsize: bytes of a number in the working precision.
         backward: of the backward pass.
+        stateless: neither initial nor final states; see :func:`patchscale.ops.chunked.is_stateless`.
     """
-    size, n, conv_dim = min(chunked.DEFAULT_CHUNK_SIZE, length), d_state, d_inner + 2 * d_state
+    conv_dim = d_inner + 2 * d_state
+    size, n = min(chunked.DEFAULT_CHUNK_SIZE, length), 0 if stateless else d_state
     samples, chunks = chunked.group_and_block(batch, length, d_inner, chunked.DEFAULT_CHUNK_SIZE)
     whole = max(0, round(length / size) - 1)
     last = length - size * whole
     # Buffers stay for every length of a block: the usual one, one of what chunks are left, and the last chunk's.
     usual = size * min(chunks, whole)
     blocks = min(length, usual + (size * (whole % chunks) if whole > chunks else 0) + last)
-    buffers = 2 * d_inner + d_inner * n // size + 2 * n + size  # y, rows of x and of states, B and mixing
+    buffers = 2 * d_inner + d_inner * n // size + 2 * d_state + size  # y, rows of x and of states, B, C and products
     rooms = 3 * d_inner  # z, silu and gated
     passing = 2 * conv_dim  # the convolution's window and result
     if backward:

@@ -34,19 +34,23 @@ class Chunks:
         """What a chunk adds to the state, of which it leaves ``whole``: (c, h, p, n)."""
         return self.xdt.transpose(2, 3) @ (self.B * self.to_end)
 
-    def output(self, state: Tensor) -> Tensor:
-        """(c, h, Q, p), from the states before the chunks, (c, h, p, n)."""
-        return (self.decay * self.products) @ self.xdt + (self.C * self.from_start) @ state.transpose(2, 3)
+    def output(self, state: Tensor | None) -> Tensor:
+        """(c, h, Q, p), from the states before the chunks, (c, h, p, n); None if there are none."""
+        inside = (self.decay * self.products) @ self.xdt
+        return inside if state is None else inside + (self.C * self.from_start) @ state.transpose(2, 3)
 
     def gradient_of_state_read(self, dy: Tensor) -> Tensor:
         """What a chunk's output adds to the gradient of the state before it: (c, h, p, n)."""
         return dy.transpose(2, 3) @ (self.C * self.from_start)
 
-    def backward(self, state: Tensor, dy: Tensor, dstate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def backward(
+        self, dy: Tensor, state: Tensor | None, dstate: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of dt x, of the log-decays dt A, of B and of C.
 
-        From the states before the chunks, and the gradients of their outputs and of the states after them. The
-        gradient of an exponent is that of the exponential times the exponential, so each decay gives its share.
+        From the gradients of the chunks' outputs, the states before them and the gradients of the states after them
+        (both None if there are none). The gradient of an exponent is that of the exponential times the exponential,
+        so each decay gives its share.
         """
         before = 1 - self.seen  # (s, u): s is before u
 
@@ -60,6 +64,8 @@ class Chunks:
         # cancels (as it would in the gradients of cs_t and cs_s): with strong decay only small numbers are left.
         ddifference = dproducts.mul_(self.products)
         dlog_decay = (ddifference @ before).mul_(self.seen).sum(2)  # (c, h, Q)
+        if state is None or dstate is None:
+            return dxdt, dlog_decay, dB, dC
 
         # Out of the state before: y_t += exp(cs_t) H C_t.
         dread = (dy @ state).mul_(self.from_start)  # (c, h, Q, n)
