@@ -30,12 +30,14 @@ from patchscale.train.build import create_model, trained_module
 from patchscale.train.checkpoint import LAST, read_training_state
 from patchscale.train.describe import RUN as RUN_RECORD
 from patchscale.train.device import keep_freed_memory
+from patchscale.train.evaluate import evaluate
 from patchscale.train.loop import EpochReport, Observer, Progress
 from patchscale.train.recipe import Recipe
 from patchscale.train.stages import run_stages
 
 RUNS = "runs"
 RECIPE = "recipe.toml"
+BY_PATCH = "by_patch.json"
 _TELL_SECONDS = 0.2
 
 
@@ -154,13 +156,13 @@ def collect(study: Study, folder: Path) -> list[Cell]:
     Raises:
         UserError: a folder cannot be read, or written to.
     """
-    cells = [cell_of(study, run, folder) for run in study.runs if is_finished(run, folder)]
+    cells = [cell for run in study.runs if is_finished(run, folder) for cell in cells_of(study, run, folder)]
     write_results(folder / FILE, cells)
     return cells
 
 
-def cell_of(study: Study, run: Run, folder: Path) -> Cell:
-    """What one finished run came to, from the files it left."""
+def cells_of(study: Study, run: Run, folder: Path) -> list[Cell]:
+    """What one finished run came to, from the files it left; of one for several patch sizes, at each of them."""
     folders = stage_folders(run, folder)
     states = [read_training_state(f) for f in folders]
     rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
@@ -171,7 +173,7 @@ def cell_of(study: Study, run: Run, folder: Path) -> Cell:
     last, row, recipe = states[-1], rows[-1][-1], list(run.stages.values())[-1]
     with torch.device("meta"):
         model: Any = create_model(last["model_name"], dict(last["model_args"]))
-    return Cell(
+    cell = Cell(
         study=study.name,
         family=re.sub(r"_(tiny|small|base|large|huge)(_.*)?$", "", recipe.model),
         model=recipe.model,
@@ -202,14 +204,38 @@ def cell_of(study: Study, run: Run, folder: Path) -> Cell:
         ema_val_loss=row.get("ema_val_loss"),
         settings=recipe.to_dict(),
     )
+    if not recipe.patch_sizes:
+        return [cell]
+    at_each = zip(score_by_patch(recipe, folders[-1]), _flops_by_patch(last), strict=True)
+    return [replace(cell, flops_forward=forward, **scores) for scores, (forward, _) in at_each]
+
+
+def score_by_patch(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+    """What a finished stage for several patch sizes scores at each; worked out once, and kept in its folder."""
+    file = folder / BY_PATCH
+    if recipe.patch_sizes and not file.exists():
+        found = [
+            {"patch_size": at.patch_size, "tokens": at.patches, "top1": at.scores.top1, "val_loss": at.scores.loss}
+            for at in evaluate(str(folder / LAST), patch_sizes=recipe.patch_sizes, workers=recipe.workers).by_patch
+        ]
+        write_atomically(file, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
+    return json.loads(file.read_text()) if recipe.patch_sizes else []
 
 
 def _flops_of(state: dict[str, Any]) -> tuple[float, float]:
-    preprocessing = state["preprocessing"]
-    with torch.device("meta"):
-        model = create_model(state["model_name"], dict(state["model_args"]))
-        model = trained_module(Recipe.from_dict(state["recipe"]), model)
-    return count_flops(model, preprocessing["channels"], tuple(preprocessing["img_size"]))
+    """Of one image forward and in training; of training at several patch sizes, the mean."""
+    by_patch = _flops_by_patch(state)
+    return by_patch[0][0], sum(training for _, training in by_patch) / len(by_patch)
+
+
+def _flops_by_patch(state: dict[str, Any]) -> list[tuple[float, float]]:
+    recipe, preprocessing = Recipe.from_dict(state["recipe"]), state["preprocessing"]
+    counts = []
+    for given in [{"patch_size": size} for size in recipe.patch_sizes] or [{}]:
+        with torch.device("meta"):
+            module = trained_module(recipe, create_model(state["model_name"], dict(state["model_args"]) | given))
+        counts.append(count_flops(module, preprocessing["channels"], tuple(preprocessing["img_size"])))
+    return counts
 
 
 def _planned_cost(run: Run) -> float:
@@ -337,6 +363,8 @@ def _run(run: Run, folder: Path, device: str | None, threads: int, told: Any) ->
             stages, folder, None, Tell, command=["patchscale", "train", "--recipe", str(folder / RECIPE)]
         ):
             pass
+        name, recipe = list(run.stages.items())[-1]
+        score_by_patch(recipe, folder / f"{len(names)}_{name}")
     except Interrupted:
         sys.exit(INTERRUPTED)
     except (UserError, TrainingStopped) as e:
