@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor as torchvision_feature_extractor
 
-from patchscale import UserError
+from patchscale import UserError, convert, create_from_checkpoint, read_checkpoint
 from patchscale.models import Adventurer
 from patchscale.models.published import SIZES
+from patchscale.models.tokens import sincos_positions
 
 
 def small(**kwargs) -> Adventurer:
@@ -150,6 +151,33 @@ def test_stop_early_runs_no_further_block():
     early = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
     assert ran == [0, 1]
     assert torch.equal(early[0], full[0])
+
+
+@pytest.mark.parametrize(("positions", "patch_size"), [("none", 8), ("sincos", 8), ("sincos", 4)])
+def test_positions_not_learned_are_a_table_of_their_values(positions, patch_size, assert_near):
+    model, learned = small(pos_embed=positions), small()
+    assert "pos_embed" not in model.state_dict()
+    learned.load_state_dict(model.state_dict(), strict=False)
+    for each in (model, learned):
+        each.set_input_size(patch_size=patch_size)
+    rows = 32 // patch_size
+    table = torch.zeros(1, rows * rows + 1, 64)
+    if positions == "sincos":
+        table[:, :-1] = sincos_positions((rows, rows), 64, reference=(4, 4))
+    learned.pos_embed.data = table
+    assert_near(model(image()), learned(image()), 1e-5)
+
+
+@pytest.mark.parametrize("positions", ["sincos", "none"])
+def test_positions_not_learned_survive_conversion_and_timms_loader(positions, tmp_path, assert_near):
+    model = small(pos_embed=positions)
+    expected = model(image())
+    content = {"model": model.state_dict(), "model_name": "adventurer_tiny_patch8_224", "model_args": model._model_args}
+    torch.save(content, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "out")
+    assert_near(create_from_checkpoint(read_checkpoint(tmp_path / "out")).eval()(image()), expected, 1e-6)
+    by_timm = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert_near(by_timm(image()), expected, 1e-6)
 
 
 def test_unknown_output_format_is_refused():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from patchscale.errors import UserError
-from patchscale.models.backbone import Backbone, check_choice
+from patchscale.models.backbone import Backbone, Positions, check_choice, check_positions
 from patchscale.models.block import CONV_WIDTH, NORM_EPS, Block
 from patchscale.models.published import DEFAULT_IMG_SIZE, IMG_SIZES, PATCH_SIZES, PUBLISHED, SIZES, evaluation_crop
 from patchscale.models.tokens import PatchEmbed, Size, grid_size
@@ -68,13 +68,16 @@ class Adventurer(Backbone):
         drop_path_rate: stochastic depth. As published, block i of n drops with
             ``([0] + linspace(0, drop_path_rate, n))[i]``, so the full rate is never reached.
         dynamic_img_size: accept any image that the patch divides, resampling positions on the fly.
-        pos_grid: rows and columns of the position table, or one number; the patches' own if None. A model that is to be
-            called at several patch sizes keeps its positions best on the finest of the grids.
+        pos_embed: how tokens know their place, beside the order of the scan: ``"learn"``, ``"sincos"`` (fixed, computed
+            for the grid at hand) or ``"none"``.
+        pos_grid: rows and columns of the position table, or one number; the patches' own if None. With ``"sincos"``,
+            the grid in whose patches distances are counted. A model that is to be called at several patch sizes keeps
+            its positions best on the finest of the grids.
         extend: interpolate the tokens to so many times the rows and columns.
         sequence_group: processes to cut the tokens of an image over; see :meth:`set_sequence_group`.
 
     Raises:
-        UserError: sizes that do not fit each other, or an unknown ``flip`` or ``global_pool``.
+        UserError: sizes that do not fit each other, or an unknown ``flip``, ``pos_embed`` or ``global_pool``.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Adventurer(Backbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         dynamic_img_size: bool = False,
+        pos_embed: Positions = "learn",
         pos_grid: Size | None = None,
         extend: int = 1,
         sequence_group: ProcessGroup | None = None,
@@ -105,6 +109,7 @@ class Adventurer(Backbone):
                 raise UserError(f"{name} is {value}, expected at least 1")
         check_choice("flip", flip, FLIP_RULES)
         check_choice("global_pool", global_pool, GLOBAL_POOLS)
+        check_positions(pos_embed, embed_dim)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -118,7 +123,10 @@ class Adventurer(Backbone):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
         rows, columns = grid_size(img_size, patch_size)
         self.pos_grid = (rows * extend, columns * extend) if pos_grid is None else to_2tuple(pos_grid)
-        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.pos_grid) + 1, embed_dim, **dd))
+        self.positions = pos_embed
+        self.pos_embed = None
+        if pos_embed == "learn":
+            self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.pos_grid) + 1, embed_dim, **dd))
         self.patch_embed = PatchEmbed(
             img_size,
             patch_size,
@@ -164,7 +172,8 @@ class Adventurer(Backbone):
         proj = self.patch_embed.proj
         nn.init.normal_(proj.weight, std=1.137 / math.sqrt(proj.weight[0].numel()))
         nn.init.zeros_(proj.get_parameter("bias"))
-        nn.init.normal_(self.pos_embed, std=0.02)
+        if self.pos_embed is not None:
+            nn.init.normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=0.02)
         for block in self.layers:
             block.mixer.out_proj.weight /= math.sqrt(len(self.layers))
@@ -232,7 +241,7 @@ class Adventurer(Backbone):
             check_choice("global_pool", global_pool, GLOBAL_POOLS)
             self.global_pool = global_pool
         self.num_classes = num_classes
-        dd: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
+        dd: dict[str, Any] = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
         self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         _init_head(self.head)
         self.head.train(self.training)
@@ -254,9 +263,10 @@ class Adventurer(Backbone):
             rows_and_columns = self.patch_embed(x, patch_size)
             tokens = rows_and_columns.flatten(1, 2)
             positions = self.positions_on(rows_and_columns.shape[1:3], tokens)
-        return torch.cat([tokens, self.cls_token.expand(tokens.shape[0], -1, -1)], dim=1) + positions
+        tokens = torch.cat([tokens, self.cls_token.expand(tokens.shape[0], -1, -1)], dim=1)
+        return tokens if positions is None else tokens + positions
 
-    def _embed_slice(self, x: Tensor, group: SequenceGroup, patch_size: Size | None) -> tuple[Tensor, Tensor]:
+    def _embed_slice(self, x: Tensor, group: SequenceGroup, patch_size: Size | None) -> tuple[Tensor, Tensor | None]:
         """This process's patches, (batch, patches, embed_dim), and their positions with that of the class token."""
         group.require_alike(x)
         grid = rows, columns = self.patch_embed.grid_of((x.shape[-2], x.shape[-1]), patch_size)
@@ -264,10 +274,9 @@ class Adventurer(Backbone):
         first = own.start // columns
         tokens = self.patch_embed(x, patch_size, slice(first, -(-own.stop // columns))).flatten(1, 2)
         positions = self.positions_on(grid, tokens)
-        return (
-            tokens[:, own.start - first * columns : own.stop - first * columns],
-            torch.cat([positions[:, own], positions[:, -1:]], dim=1),
-        )
+        if positions is not None:
+            positions = torch.cat([positions[:, own], positions[:, -1:]], dim=1)
+        return tokens[:, own.start - first * columns : own.stop - first * columns], positions
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool what ``forward_features`` gave and classify it; ``pre_logits`` stops before the classifier."""

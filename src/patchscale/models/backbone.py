@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from timm.models._features import feature_take_indices
@@ -260,6 +260,17 @@ def _positions_on(
         return resize_pos_embed(pos_embed, table_grid, (rows, columns), before, after)
     fixed = sincos_positions((rows, columns), like.shape[-1], table_grid, like.device, like.dtype)
     return torch.nn.functional.pad(fixed, (0, 0, before, after))  # other tokens stand nowhere
+
+
+def check_positions(pos_embed: str, embed_dim: int) -> None:
+    """Refuse positions that there are none of, or not at this width.
+
+    Raises:
+        UserError: saying which.
+    """
+    check_choice("pos_embed", pos_embed, get_args(Positions))
+    if pos_embed == "sincos" and embed_dim % 4:
+        raise UserError(f"sin-cos positions need an embed_dim that is a multiple of 4, not {embed_dim}")
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:

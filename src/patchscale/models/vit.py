@@ -25,7 +25,7 @@ from timm.models import VisionTransformer, build_model_with_cfg, generate_defaul
 from torch import Tensor, nn
 
 from patchscale.errors import UserError
-from patchscale.models.backbone import Backbone, Positions, check_choice
+from patchscale.models.backbone import Backbone, Positions, check_positions
 from patchscale.models.published import DEIT, PIXEL_TRANSFORMER, Family, evaluation_crop
 from patchscale.models.tokens import PatchEmbed, Size
 from patchscale.models.weight_files import download, fit_for_timm
@@ -67,7 +67,6 @@ class ViT(Backbone, VisionTransformer):  # type: ignore[misc]  # it takes a patc
         extend: int = 1,
         **kwargs: Any,
     ) -> None:
-        check_choice("pos_embed", pos_embed, ("learn", "sincos", "none"))
         for name in ("embed_dim", "depth", "num_heads", "in_chans"):
             if kwargs.get(name, 1) < 1:
                 raise UserError(f"{name} is {kwargs[name]}, expected at least 1")
@@ -76,8 +75,7 @@ class ViT(Backbone, VisionTransformer):  # type: ignore[misc]  # it takes a patc
             raise UserError(
                 f"embed_dim is {embed_dim}, which {heads} heads cannot share: give num_heads that divides it"
             )
-        if pos_embed == "sincos" and embed_dim % 4:
-            raise UserError(f"sin-cos positions need an embed_dim that is a multiple of 4, not {embed_dim}")
+        check_positions(pos_embed, embed_dim)
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,

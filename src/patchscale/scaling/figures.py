@@ -122,8 +122,11 @@ def by_patch(every: Sequence[Series], of: str, fit: LawFit | None, confidence: f
                 runs = [cell.top1 if of == "top1" else cell.val_loss for cell in group.cells]
                 axes.plot([place] * len(runs), runs, ".", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
             lawful = fit is not None and index == 0 and fit.verdict != "fails"
+            values = np.array([mean.value for mean in means])
             half = np.nan_to_num([mean.half_width(confidence) for mean in means])
-            axes.errorbar(x, [m.value for m in means], half, color=colour, fmt="o" if lawful else "o-", **_MARKS)
+            # An interval of two seeds is wide; it ends where there are no such accuracies or losses.
+            bars = np.minimum(half, values), np.minimum(half, 100 - values) if of == "top1" else half
+            axes.errorbar(x, values, bars, color=colour, fmt="o" if lawful else "o-", **_MARKS)
             if lawful and fit is not None:
                 fine = np.geomspace(max(patches), min(patches), 100)
                 curve = fit.predict(fine)

@@ -38,10 +38,11 @@ from patchscale.train.build import check_model_name, create_model
 from patchscale.train.device import resolve_device
 from patchscale.train.recipe import Precision
 
-# Steps are measured with so many blocks, and with images that at the machine's best take so long.
-_PROBE_BLOCKS = (1, 4)
-_PROBE_SECONDS = 0.25
+# Steps are cut short to about so many seconds, at fewest to so many blocks of one image.
+_PROBE_SECONDS = 0.5
+_PROBE_BLOCKS = 4
 _PROBE_ROUNDS = 4
+_MAX_ROUNDS = 30
 # Of the memory to be fitted, what fragmentation and the device's own needs may take.
 _SPARE = 0.05
 _UNITS = {"B": 1} | {f"{p}{b}": base**i for b, base in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT", 1)}
@@ -255,11 +256,11 @@ def measure_machine(device: torch.device, precision: Precision) -> Machine:
 def probe(
     subject: Subject, patch_size: int, cost: Cost, precision: Precision, device: torch.device, machine: Machine
 ) -> float:
-    """Seconds of a training step, from steps cut short on this device.
+    """Seconds of a training step, from shorter ones on this device.
 
-    Blocks are alike, so that two numbers of them tell what a block takes and what the rest does. Where one step of a
-    few blocks takes more than a moment, images are left out too, and then tokens; for these the cost model says what
-    share of the real step was measured.
+    Images are left out until a step takes a moment. What one more image takes comes from steps on two numbers of them:
+    time need not be in proportion, least where there are few tokens. Where even one image takes long, blocks are left
+    out and then tokens; the cost model then says what share of the real step was measured.
 
     Args:
         subject: the model.
@@ -270,27 +271,37 @@ def probe(
         machine: its peaks.
     """
     rows, columns = grid_size(subject.img_size, patch_size)
-    few, some = min(_PROBE_BLOCKS[0], subject.depth), min(_PROBE_BLOCKS[1], subject.depth)
+    depth = subject.depth
     while True:
         cut = replace(subject, img_size=(rows * patch_size, columns * patch_size))
-        one = cut.cost(patch_size, 1, precision, depth=some)
-        if one.seconds_at_best(machine) < _PROBE_SECONDS or min(rows, columns) < 32:
+        if cut.cost(patch_size, 1, precision, depth=depth).seconds_at_best(machine) < _PROBE_SECONDS:
             break
-        rows, columns = rows // 2, columns // 2
+        if depth > _PROBE_BLOCKS:
+            depth = max(_PROBE_BLOCKS, depth // 2)
+        elif min(rows, columns) >= 64:
+            rows, columns = rows // 2, columns // 2
+        else:
+            break
+    every = [depth] if depth == subject.depth else [1, depth]
     steps = [
-        training_step(cut.make("cpu", patch_size=patch_size, depth=depth), cut.img_size, precision, device)
-        for depth in (few, some)
+        training_step(cut.make("cpu", patch_size=patch_size, depth=d), cut.img_size, precision, device) for d in every
     ]
-    images = 1
-    while images < cost.batch and 4 * time_in_turn(steps[1:], images, 1)[0][0] < _PROBE_SECONDS:
-        images = min(4 * images, cost.batch)
-    short, long = (min(times) for times in time_in_turn(steps, images, _PROBE_ROUNDS))
-    block = (long - short) / (some - few) if some > few else 0.0
-    whole = short + (subject.depth - few) * block
-    if (images, cut.img_size) == (cost.batch, subject.img_size):
-        return whole
+    fewer, images = 0, 1
+    while images < cost.batch and 4 * time_in_turn([partial(steps[-1], images)], 1)[0][0] < _PROBE_SECONDS:
+        fewer, images = images, min(4 * images, cost.batch)
+    counts = [images] if images == cost.batch or not fewer else [fewer, images]
+    calls = [partial(step, number) for number in counts for step in steps]
+    times = [min(own) for own in time_in_turn(calls, _PROBE_ROUNDS, 2 * _PROBE_SECONDS)]
+    totals = times
+    if len(steps) > 1:  # of one block and of several, by number of images
+        pairs = zip(times[::2], times[1::2], strict=True)
+        totals = [one + (subject.depth - 1) * (some - one) / (depth - 1) for one, some in pairs]
+    if cut.img_size == subject.img_size and counts[-1] == cost.batch:
+        return totals[-1]
+    if cut.img_size == subject.img_size and len(counts) > 1:
+        return totals[-1] + (cost.batch - images) * (totals[-1] - totals[0]) / (images - fewer)
     measured = cut.cost(patch_size, images, precision)
-    return whole * cost.seconds_at_best(machine) / measured.seconds_at_best(machine)
+    return totals[-1] * cost.seconds_at_best(machine) / measured.seconds_at_best(machine)
 
 
 def training_step(
@@ -316,18 +327,25 @@ def training_step(
     return step
 
 
-def time_in_turn(steps: Sequence[Callable[[int], None]], images: int, rounds: int) -> list[list[float]]:
-    """Seconds of each step on so many images, one after the other, so that a slow spell meets all.
+def time_in_turn(calls: Sequence[Callable[[], None]], rounds: int, at_least: float = 0.0) -> list[list[float]]:
+    """Seconds of each call, one after the other, so that a slow spell meets all.
 
     On one thread these are the processor's seconds: what other programs on the same core take is not in them.
+
+    Args:
+        calls: what to time.
+        rounds: as many, after one that warms up, and more of short calls:
+        at_least: until all calls have taken so many seconds, or `_MAX_ROUNDS`.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    times: list[list[float]] = [[] for _ in steps]
-    for number in range(1 + rounds):
-        for step, own in zip(steps, times, strict=True):
+    times: list[list[float]] = [[] for _ in calls]
+    for number in range(1 + max(rounds, _MAX_ROUNDS)):
+        if number > rounds and sum(map(sum, times)) >= at_least:
+            break
+        for call, own in zip(calls, times, strict=True):
             start = clock()
-            step(images)
-            if number:  # the first round warms up
+            call()
+            if number:
                 own.append(clock() - start)
     return times
 

@@ -54,8 +54,8 @@ class Recipe:
     flip: Literal["alternate", "pairs", "released"] | None = None
     """Which blocks scan from the right; by default every second one."""
     pos_embed: Positions | None = None
-    """How a vision transformer's tokens know their place: learned positions (the default), fixed sines and cosines, or
-    not at all."""
+    """How tokens know their place: learned positions (the default), fixed sines and cosines, or not at all; for an
+    Adventurer, beside the order of its scan."""
     drop_path: float = 0.0
     """Stochastic depth."""
     weights: str | None = None
