@@ -17,6 +17,7 @@ from patchscale.errors import UserError
 from patchscale.scaling.results import read_results
 from patchscale.scaling.runs import make_study
 from patchscale.scaling.sweep import is_finished, stage_folders, sweep
+from patchscale.train.evaluate import evaluate
 from patchscale.train.loop import train
 
 TINY = {
@@ -27,12 +28,16 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished sweep of two patch sizes and a run of three stages."""
+    """A finished sweep of two patch sizes, a run of three stages and one for both patch sizes at once."""
     study = make_study(
         {
             "name": "tiny",
             "all": TINY | {"epochs": 2},
-            "arm": [{"patch_size": [8, 4]}, {"control": "curriculum", "recipe": "digits_three_stage", "epochs": 1}],
+            "arm": [
+                {"patch_size": [8, 4]},
+                {"control": "curriculum", "recipe": "digits_three_stage", "epochs": 1},
+                {"control": "any", "patch_sizes": [8, 4]},
+            ],
         },
         "s",
     )
@@ -46,7 +51,8 @@ def test_each_run_has_one_complete_row(done):
     _, folder, cells, _ = done
     assert read_results(folder) == cells
     assert [(c.control, c.patch_size, c.tokens, c.epochs, c.train_images) for c in cells] == [
-        ("scale", 8, 1, 2, 64), ("scale", 4, 4, 2, 64), ("curriculum", 1, 64, 3, 64),
+        ("scale", 8, 1, 2, 64), ("scale", 4, 4, 2, 64), ("curriculum", 1, 64, 3, 64), ("any", 8, 1, 2, 64),
+        ("any", 4, 4, 2, 64),
     ]  # fmt: skip
     for cell in cells:
         assert (cell.study, cell.family, cell.width, cell.depth, cell.seed) == ("tiny", "adventurer", 32, 1, 0)
@@ -66,16 +72,27 @@ def test_a_run_is_the_training_that_its_recipe_is(done, tmp_path):
 
 
 def test_a_curriculum_costs_what_its_stages_cost_together(done):
-    _, _, (_, _, curriculum), _ = done
+    _, _, (_, _, curriculum, *_), _ = done
     same = make_study({"all": TINY | {"epochs": 1, "patch_size": [4, 2, 1]}}, "s")
     from patchscale.scaling.runs import planned_flops
 
     assert curriculum.flops_training == 64 * sum(planned_flops(r.stages["train"])[1] for r in same.runs)
 
 
+def test_a_model_of_several_patch_sizes_has_a_row_at_each(done):
+    study, folder, cells, _ = done
+    run = study.runs[3]
+    weights = str(stage_folders(run, folder)[0] / "last.pt")
+    found = evaluate(weights, patch_sizes=(8, 4), workers=0).by_patch
+    separate, both = cells[:2], cells[3:]
+    assert [(c.top1, c.val_loss) for c in both] == [(at.scores.top1, at.scores.loss) for at in found]
+    assert [c.flops_forward for c in both] == [c.flops_forward for c in separate]
+    assert {c.flops_training for c in both} == {sum(c.flops_training for c in separate) / 2}
+
+
 def test_the_watcher_sees_runs_begin_and_end(done):
     _, _, _, seen = done
-    assert [s for s, _, _ in seen[-1]] == ["done"] * 3
+    assert [s for s, _, _ in seen[-1]] == ["done"] * 4
     assert "running" in {s for states in seen for s, _, _ in states}
     assert any(left is not None for states in seen for _, _, left in states)
 

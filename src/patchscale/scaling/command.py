@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -79,11 +80,14 @@ def _frontier_table(data: str, groups: Sequence[Group]) -> Table:
 def results_table(cells: Sequence[Cell]) -> Table:
     """A line for the runs that differ in their seed alone: what they reached, and what that cost."""
     groups = group_cells(cells)
-    words = [_what_runs(group.first) for group in groups]
-    several = len(set(words)) > 1
+    said = [_what_runs(group.first) for group in groups]
+    differs = [len(set(of_all)) > 1 for of_all in zip(*said, strict=True)]
+    words = [", ".join(word for word, d in zip(each, differs, strict=True) if d and word) for each in said]
+    several = any(differs)
     table = Table(
-        title=None if several else words[0],
-        caption="+- is the standard error over seeds; cost is of all training, in FLOPs",
+        title=", ".join(word for word, d in zip(said[0], differs, strict=True) if not d and word),
+        caption="± is the standard error over seeds; cost is of all training, in FLOPs",
+        box=SIMPLE_HEAD,
     )
     if several:
         table.add_column("runs")
@@ -101,18 +105,18 @@ def results_table(cells: Sequence[Cell]) -> Table:
             _with_error(group.loss, 3),
             f"{cell.flops_forward / 1e6:,.3g}",
             f"{group.seconds:,.0f} s",
-            f"{group.flops / cheapest:.1f}x",
+            f"{group.flops / cheapest:.3g}x",
         )
     return table
 
 
-def _what_runs(cell: Cell) -> str:
-    control = "" if cell.control in ("scale", "length") else f"{cell.control}: "
-    return f"{control}{cell.family}, width {cell.width}, {cell.img_size} px"
+def _what_runs(cell: Cell) -> tuple[str, ...]:
+    control = "" if cell.control in ("scale", "length") else cell.control
+    return control, cell.family, f"width {cell.width}", f"{cell.img_size} px"
 
 
 def _with_error(mean: Mean, digits: int) -> str:
-    return f"{mean.value:.{digits}f}" + ("" if math.isnan(mean.error) else f" +- {mean.error:.{digits}f}")
+    return f"{mean.value:.{digits}f}" + ("" if math.isnan(mean.error) else f" ± {mean.error:.{digits}f}")
 
 
 def _forms_table(fitted: LawFit, of: str) -> Table:
