@@ -38,8 +38,10 @@ from patchscale.train.build import check_model_name, create_model
 from patchscale.train.device import resolve_device
 from patchscale.train.recipe import Precision
 
-# Steps are cut short to about so many seconds, at fewest to so many blocks of one image.
+# Steps are cut short to about so many seconds, at fewest to so many blocks of one image. Four times as many images take
+# four times as long at most, and less where the calls themselves, not the arithmetic, take the time.
 _PROBE_SECONDS = 0.5
+_MOST_SECONDS = 2.0
 _PROBE_BLOCKS = 4
 _PROBE_ROUNDS = 4
 _MAX_ROUNDS = 30
@@ -287,7 +289,7 @@ def probe(
         training_step(cut.make("cpu", patch_size=patch_size, depth=d), cut.img_size, precision, device) for d in every
     ]
     fewer, images = 0, 1
-    while images < cost.batch and 4 * time_in_turn([partial(steps[-1], images)], 1)[0][0] < _PROBE_SECONDS:
+    while images < cost.batch and 4 * time_in_turn([partial(steps[-1], images)], 1)[0][0] < _MOST_SECONDS:
         fewer, images = images, min(4 * images, cost.batch)
     counts = [images] if images == cost.batch or not fewer else [fewer, images]
     calls = [partial(step, number) for number in counts for step in steps]
@@ -334,8 +336,8 @@ def time_in_turn(calls: Sequence[Callable[[], None]], rounds: int, at_least: flo
 
     Args:
         calls: what to time.
-        rounds: as many, after one that warms up, and more of short calls:
-        at_least: until all calls have taken so many seconds, or `_MAX_ROUNDS`.
+        rounds: how often at least, after a round that warms up.
+        at_least: seconds that all of it takes at least; short calls are timed more often, `_MAX_ROUNDS` at most.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: list[list[float]] = [[] for _ in calls]
