@@ -507,13 +507,15 @@ def report(
 
 def plan(arguments: list[str]) -> None:
     """Say what training costs at every patch size, in FLOPs, memory and time, before it is paid."""
-    from patchscale.scaling.plan import Options, show_plan
+    from patchscale.scaling.plan import PLAN_WIDTH, Options, show_plan
     from patchscale.train.device import keep_freed_memory
 
     options = tyro.cli(Options, args=arguments, prog="patchscale plan", description=plan.__doc__)
     keep_freed_memory()
     with _err.status("") as status:
-        show_plan(options, lambda what: _out.print(what, highlight=False), lambda text: status.update(text))
+        # A number cut off is worse than a line that wraps.
+        width = max(_out.width, PLAN_WIDTH)
+        show_plan(options, lambda what: _out.print(what, highlight=False, width=width), status.update)
 
 
 def env() -> None:

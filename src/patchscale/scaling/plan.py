@@ -45,6 +45,8 @@ _MOST_SECONDS = 2.0
 _PROBE_BLOCKS = 4
 _PROBE_ROUNDS = 4
 _MAX_ROUNDS = 30
+# Characters that the table needs.
+PLAN_WIDTH = 96
 # Of the memory to be fitted, what fragmentation and the device's own needs may take.
 _SPARE = 0.05
 _UNITS = {"B": 1} | {f"{p}{b}": base**i for b, base in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT", 1)}
