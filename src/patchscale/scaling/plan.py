@@ -41,9 +41,9 @@ from patchscale.train.recipe import Precision
 # Steps are cut short to about so many seconds, at fewest to so many blocks of one image. Four times as many images take
 # four times as long at most, and less where the calls themselves, not the arithmetic, take the time.
 _PROBE_SECONDS = 0.5
-_MOST_SECONDS = 2.0
+_MOST_SECONDS = 4.0
 _PROBE_BLOCKS = 4
-_PROBE_ROUNDS = 4
+_PROBE_ROUNDS = 3
 _MAX_ROUNDS = 30
 # Characters that the table needs.
 PLAN_WIDTH = 96
