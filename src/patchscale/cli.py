@@ -209,7 +209,7 @@ class Sweep:
 
 def sweep(arguments: list[str]) -> None:
     """Train a study: every combination of patch sizes, seeds and whatever else is swept."""
-    from patchscale.scaling.command import results_table
+    from patchscale.scaling.command import RESULTS_WIDTH, results_table
     from patchscale.scaling.runs import make_study, read_fields, read_study
     from patchscale.scaling.sweep import sweep as run
 
@@ -230,7 +230,7 @@ def sweep(arguments: list[str]) -> None:
         return
     with _sweep_table() as watch:
         cells = run(study, folder, given.jobs, watch)
-    _out.print(results_table(cells))
+    _out.print(results_table(cells), width=max(_out.width, RESULTS_WIDTH))
     _out.print(f"{len(cells)} runs in {folder / 'results.jsonl'}", highlight=False)
     _out.print(f"read them: patchscale report {folder} --out {folder / 'report.html'}", highlight=False)
 

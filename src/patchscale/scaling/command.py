@@ -77,6 +77,10 @@ def _frontier_table(data: str, groups: Sequence[Group]) -> Table:
     return table
 
 
+# Characters that this table needs where it says what differs; a line that wraps is better than a column left out.
+RESULTS_WIDTH = 92
+
+
 def results_table(cells: Sequence[Cell]) -> Table:
     """A line for the runs that differ in their seed alone: what they reached, and what that cost."""
     groups = group_cells(cells)
@@ -88,9 +92,10 @@ def results_table(cells: Sequence[Cell]) -> Table:
         title=", ".join(word for word, d in zip(said[0], differs, strict=True) if not d and word),
         caption="± is the standard error over seeds; cost is of all training, in FLOPs",
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     if several:
-        table.add_column("runs")
+        table.add_column("runs", min_width=16)
     for name in ("patch", "tokens", "seeds", "top-1 %", "test loss", "MFLOP", "time", "cost"):
         table.add_column(name, justify="right", no_wrap=True)
     cheapest = min(group.flops for group in groups)
