@@ -17,8 +17,8 @@ proofs: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 -m slow
 
 lint: .venv/installed
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/ruff format --check src tests examples benchmarks
 	$(BIN)/mypy
 
 .venv/installed: pyproject.toml

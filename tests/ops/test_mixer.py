@@ -218,7 +218,7 @@ def test_two_halves_with_state_and_history_passed_on_are_one(assert_near, length
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("elements", [1, 64 * 12, 2 * 64 * 12, 5 * 64 * 12])
 def test_samples_and_blocks_do_not_mix(elements, reverse, monkeypatch, assert_near):
-    monkeypatch.setattr("patchscale.ops.chunked._BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr("patchscale.ops.chunks._BLOCK_ELEMENTS", elements)
     inputs = draw(300, batch=1 if elements > 2 * 64 * 12 else 3)
     expected = truth(inputs, reverse=reverse, suffix=1)
     for name, value in mixed(inputs, reverse=reverse, suffix=1).items():

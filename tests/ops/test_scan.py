@@ -236,7 +236,7 @@ def test_non_contiguous_inputs(reverse, assert_near):
 # A large batch is scanned a few samples at a time.
 @pytest.mark.parametrize("samples", [1, 2])
 def test_samples_of_a_large_batch_do_not_mix(samples, monkeypatch, assert_near):
-    monkeypatch.setattr("patchscale.ops.chunked._BLOCK_ELEMENTS", samples * 64 * 2 * 4)
+    monkeypatch.setattr("patchscale.ops.chunks._BLOCK_ELEMENTS", samples * 64 * 2 * 4)
     inputs = draw(65, batch=3)
     expected = truth(inputs, reverse=True, suffix=1)
     for name, value in scan_and_gradients(ssd_scan, inputs, reverse=True, suffix=1).items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from patchscale.errors import UserError
 from patchscale.ops import mix_tokens
-from patchscale.ops.chunked import is_one_chunk
+from patchscale.ops.chunks import is_one_chunk
 from patchscale.ops.conv import tokens_before_next
 from patchscale.ops.sequence_parallel import BLOCK_TOKENS, SequenceGroup, decay_and_state, states_between
 
@@ -82,8 +82,9 @@ class Mamba2Mixer(nn.Module):
         if self.sequence_group is not None:
             return self._forward_slice(u, self.sequence_group)
         if is_one_chunk(u.shape[1] + 1):
-            groups = u.split(_samples_at_a_time(u)) if _streams(u) else [u]
-            return torch.cat([self._forward_chunk(group) for group in groups])
+            if _streams(u):
+                return torch.cat([self._forward_chunk(group) for group in u.split(_samples_at_a_time(u))])
+            return self._forward_chunk(u)
         # in_proj is linear: the projection of the mean is the mean of the projections.
         history, state = self._heading(self.in_proj(u.mean(1, keepdim=True)))
         if _streams(u):

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from patchscale.errors import UserError
 from patchscale.ops import chunked
+from patchscale.ops.chunks import DEFAULT_CHUNK_SIZE, chunk_bounds, cut, group_and_block, is_stateless, work_dtype
 from patchscale.ops.conv import convolve, convolve_backward, gradients_of_window, tokens_before_next, window_of
 from patchscale.ops.dispatch import choose_implementation
 from patchscale.ops.reference import mix_tokens_reference
@@ -99,9 +100,7 @@ def mix_tokens(
         out, state = mix_tokens_reference(*tensors, reverse, suffix, eps)
     else:
         differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        out, state, _, _ = _mix_tokens(
-            *tensors, reverse, suffix, eps, chunked.DEFAULT_CHUNK_SIZE, final_state, differentiated
-        )
+        out, state, _, _ = _mix_tokens(*tensors, reverse, suffix, eps, DEFAULT_CHUNK_SIZE, final_state, differentiated)
     return out, state if final_state else None
 
 
@@ -126,9 +125,9 @@ def _mix_tokens(
     """Out, the final state, and with ``keep`` the scan's output and the states at chunk boundaries (else empty)."""
     batch, length, _ = projected.shape
     sizes = _Sizes(conv_weight, A, norm_weight)
-    work = chunked.work_dtype(projected)
-    plan, groups = chunked.cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size)
-    stateless = chunked.is_stateless(plan.chunks, initial_state, want_final)
+    work = work_dtype(projected)
+    plan, groups = cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size)
+    stateless = is_stateless(plan.chunks, initial_state, want_final)
     out = projected.new_empty(batch, length, sizes.d_inner)
     kept_chunks = plan.chunks if keep and not stateless else 0
     final_state, ys, states = (
@@ -255,9 +254,9 @@ def _(
     projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, history, initial_state,
     reverse, suffix, eps, chunk_size, want_final, keep,
 ):  # fmt: skip
-    sizes, work = _Sizes(conv_weight, A, norm_weight), chunked.work_dtype(projected)
-    chunks = len(chunked.chunk_bounds(projected.shape[1], reverse, suffix, chunk_size))
-    kept_chunks = chunks if keep and not chunked.is_stateless(chunks, initial_state, want_final) else 0
+    sizes, work = _Sizes(conv_weight, A, norm_weight), work_dtype(projected)
+    chunks = len(chunk_bounds(projected.shape[1], reverse, suffix, chunk_size))
+    kept_chunks = chunks if keep and not is_stateless(chunks, initial_state, want_final) else 0
     kept = [projected.new_empty(s, dtype=work) for s in _kept_shapes(projected, sizes, kept_chunks, want_final, keep)]
     return projected.new_empty(*projected.shape[:2], sizes.d_inner), *kept
 
@@ -284,9 +283,9 @@ def _mix_tokens_backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first nine tensors of the forward, each in its dtype (empty for an absent one)."""
-    sizes, work = _Sizes(conv_weight, A, norm_weight), chunked.work_dtype(projected)
-    plan, groups = chunked.cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size)
-    stateless = chunked.is_stateless(plan.chunks, initial_state, final_state.ndim > 1)
+    sizes, work = _Sizes(conv_weight, A, norm_weight), work_dtype(projected)
+    plan, groups = cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size)
+    stateless = is_stateless(plan.chunks, initial_state, final_state.ndim > 1)
     dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
 
     def zeros(*shape: int) -> Tensor:
@@ -370,7 +369,7 @@ def _(
     final_state, ys, states, reverse, suffix, eps, chunk_size,
 ):  # fmt: skip
     present = projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight
-    work = chunked.work_dtype(projected)
+    work = work_dtype(projected)
     return (
         *(t.new_empty(t.shape) for t in present),
         *(
@@ -445,11 +444,11 @@ def workspace_bytes(
         d_state: state size.
         itemsize: bytes of a number in the working precision.
         backward: of the backward pass.
-        stateless: neither initial nor final states; see :func:`patchscale.ops.chunked.is_stateless`.
+        stateless: neither initial nor final states; see :func:`patchscale.ops.chunks.is_stateless`.
     """
     conv_dim = d_inner + 2 * d_state
-    size, n = min(chunked.DEFAULT_CHUNK_SIZE, length), 0 if stateless else d_state
-    samples, chunks = chunked.group_and_block(batch, length, d_inner, chunked.DEFAULT_CHUNK_SIZE)
+    size, n = min(DEFAULT_CHUNK_SIZE, length), 0 if stateless else d_state
+    samples, chunks = group_and_block(batch, length, d_inner, DEFAULT_CHUNK_SIZE)
     whole = max(0, round(length / size) - 1)
     last = length - size * whole
     # Buffers stay for every length of a block: the usual one, one of what chunks are left, and the last chunk's.

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from patchscale.errors import UserError
 from patchscale.ops import chunked
+from patchscale.ops.chunks import DEFAULT_CHUNK_SIZE
 from patchscale.ops.dispatch import choose_implementation
 from patchscale.ops.reference import ssd_scan_reference
 
@@ -79,7 +80,7 @@ def ssd_scan(
         differentiated = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, dt, A, B, C, initial_state)
         )
-        chunk_size = chunk_size or chunked.DEFAULT_CHUNK_SIZE
+        chunk_size = chunk_size or DEFAULT_CHUNK_SIZE
         y, state, _ = chunked.ssd_scan(
             x, dt, A, B, C, initial_state, reverse, suffix, chunk_size, final_state, differentiated
         )

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from patchscale.models.backbone import Backbone
 from patchscale.models.tokens import grid_size
-from patchscale.ops.chunked import is_one_chunk
+from patchscale.ops.chunks import chunk_bounds, is_stateless
 from patchscale.ops.mixer import workspace_bytes
 from patchscale.train.build import recompute_blocks
 from patchscale.train.recipe import Precision
@@ -312,9 +312,9 @@ def _size(tensor: Tensor) -> int:
 def _workspace(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes that an operator of this project needs while it runs; PyTorch's own need none to speak of."""
     if func is torch.ops.patchscale.mix_tokens.default:
-        tensors, backward, want_final = args[:9], False, args[13]
+        tensors, backward, want_final, options = args[:9], False, args[13], args[9:13]
     elif func is torch.ops.patchscale.mix_tokens_backward.default:
-        tensors, backward, want_final = args[2:11], True, args[11].ndim > 1
+        tensors, backward, want_final, options = args[2:11], True, args[11].ndim > 1, args[14:18]
     else:
         return 0
     projected, conv_weight, _, _, A, _, norm_weight, _, initial_state = tensors
@@ -322,7 +322,9 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
     d_inner, heads = norm_weight.shape[0], A.shape[0]
     d_state = (conv_weight.shape[0] - d_inner) // 2
     itemsize = torch.promote_types(projected.dtype, torch.float32).itemsize
-    stateless = is_one_chunk(length) and initial_state is None and not want_final
+    reverse, suffix, _, chunk_size = options
+    chunks = len(chunk_bounds(length, reverse, suffix, chunk_size))
+    stateless = is_stateless(chunks, initial_state, want_final)
     return workspace_bytes(batch, length, d_inner, heads, d_state, itemsize, backward, stateless)
 
 

@@ -216,7 +216,9 @@ def score_by_patch(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     if recipe.patch_sizes and not file.exists():
         found = [
             {"patch_size": at.patch_size, "tokens": at.patches, "top1": at.scores.top1, "val_loss": at.scores.loss}
-            for at in evaluate(str(folder / LAST), patch_sizes=recipe.patch_sizes, workers=recipe.workers).by_patch
+            for at in evaluate(
+                str(folder / LAST), patch_sizes=recipe.patch_sizes, device=recipe.device, workers=recipe.workers
+            ).by_patch
         ]
         write_atomically(file, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
     return json.loads(file.read_text()) if recipe.patch_sizes else []
@@ -290,7 +292,7 @@ class _Pool:
         taken = {slot for _, _, _, slot in self.running.values()}
         slot = min(set(range(len(taken) + 1)) - taken)
         device = f"cuda:{slot % self.gpus}" if self.gpus else None
-        arguments = state.run, run_folder(state.run, self.folder), device, self.threads, self.told
+        arguments = state.run, self.folder, device, self.threads, self.told
         # A daemon is not allowed workers of its own.
         process = self.context.Process(target=_run, args=arguments, daemon=False, name=state.run.name)
         process.start()
@@ -330,7 +332,7 @@ def _terminate(process: Any) -> None:
 
 
 def _run(run: Run, folder: Path, device: str | None, threads: int, told: Any) -> None:
-    """One run, in its own process."""
+    """One run of the sweep in ``folder``, in its own process."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C is for the sweep, which passes it on
     torch.set_num_threads(threads)
@@ -358,13 +360,12 @@ def _run(run: Run, folder: Path, device: str | None, threads: int, told: Any) ->
             told.put((run.name, {"top1": row.get("top1"), "loss": row["val_loss"]}))
 
     stages = {n: r if device is None or r.device else replace(r, device=device) for n, r in run.stages.items()}
+    place = run_folder(run, folder)
+    command = ["patchscale", "train", "--recipe", str(place / RECIPE)]
     try:
-        for _ in run_stages(
-            stages, folder, None, Tell, command=["patchscale", "train", "--recipe", str(folder / RECIPE)]
-        ):
+        for _ in run_stages(stages, place, None, Tell, command=command):
             pass
-        name, recipe = list(run.stages.items())[-1]
-        score_by_patch(recipe, folder / f"{len(names)}_{name}")
+        score_by_patch(stages[names[-1]], stage_folders(run, folder)[-1])
     except Interrupted:
         sys.exit(INTERRUPTED)
     except (UserError, TrainingStopped) as e:

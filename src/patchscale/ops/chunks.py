@@ -1,0 +1,161 @@
+"""How the scan cuts a sequence: into chunks, blocks of chunks that fit the cache, and groups of a batch's samples."""
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Longer chunks move fewer states, but compute more, and more heads decay too strongly in one for factors.
+DEFAULT_CHUNK_SIZE = 64
+
+# Elements of x in a block: 2 MiB in float32, found best on a core with 1 MiB of L2; smaller blocks pay for more calls.
+_BLOCK_ELEMENTS = 524288
+
+
+class Block(NamedTuple):
+    """Chunks of equal length, side by side, that the scan meets from one end."""
+
+    start: int
+    stop: int
+    chunks: int
+    first: int  # its first chunk's number, counted as tokens stand
+    reverse: bool
+    seen: Tensor  # (t, s): 1 where s is not after t in scan order, else 0
+    unseen: Tensor  # the opposite, as truth values
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def numbers(self) -> slice:
+        """Of its chunks."""
+        return slice(self.first, self.first + self.chunks)
+
+    @property
+    def in_scan_order(self) -> range:
+        """Places in the block."""
+        return range(self.chunks - 1, -1, -1) if self.reverse else range(self.chunks)
+
+
+class Plan(NamedTuple):
+    """How a sequence is cut into chunks and blocks; chunks are numbered as tokens stand."""
+
+    chunks: int
+    blocks: tuple[Block, ...]  # in scan order
+    following: tuple[int, ...]  # of every chunk, the next in scan order; the number of chunks after the last
+    first: int  # the chunk that the scan meets first
+    padded: Tensor  # (chunk, place in scan order): the token there, or the length where there is none
+    place: Tensor  # (token,): where it stands in ``padded``, flattened
+    chunk_of: Tensor  # (token,)
+    factor_range: Tensor  # (chunk,): the log-decay up to which factors serve
+
+
+@functools.lru_cache(maxsize=64)
+def plan(
+    length: int,
+    reverse: bool,
+    suffix: int,
+    chunk_size: int,
+    chunks_per_block: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Plan:
+    """Cut a sequence; a suffix that follows a reversed body has chunks of its own."""
+    bounds = chunk_bounds(length, reverse, suffix, chunk_size)
+    body = length - suffix if reverse else length
+    from_right = [reverse and stop <= body for _, stop in bounds]
+    order = [i for i in reversed(range(len(bounds))) if from_right[i]]
+    order += [i for i in range(len(bounds)) if not from_right[i]]
+    following = [0] * len(bounds)
+    for i, j in itertools.pairwise([*order, len(bounds)]):
+        following[i] = j
+
+    padded = torch.full((len(bounds), max((e - s for s, e in bounds), default=1)), length)
+    chunk_of = torch.empty(length, dtype=torch.long)
+    for i, (start, stop) in enumerate(bounds):
+        tokens = torch.arange(start, stop)
+        padded[i, : stop - start] = tokens.flip(0) if from_right[i] else tokens
+        chunk_of[start:stop] = i
+    place = torch.empty(length + 1, dtype=torch.long)
+    place[padded.flatten()] = torch.arange(padded.numel())
+
+    runs: list[list[int]] = []
+    for i in order:
+        size = bounds[i][1] - bounds[i][0]
+        last = runs[-1] if runs else []
+        alike = last and (bounds[last[0]][1] - bounds[last[0]][0], from_right[last[0]]) == (size, from_right[i])
+        if alike and len(last) < chunks_per_block:
+            last.append(i)
+        else:
+            runs.append([i])
+    seen: dict[tuple[int, bool], Tensor] = {}
+    blocks = []
+    for run in runs:
+        first, right = min(run), from_right[run[0]]
+        size = bounds[first][1] - bounds[first][0]
+        if (size, right) not in seen:
+            ones = torch.ones(size, size, dtype=dtype, device=device)
+            seen[size, right] = ones.triu() if right else ones.tril()
+        mask = seen[size, right]
+        blocks.append(Block(bounds[first][0], bounds[max(run)][1], len(run), first, right, mask, mask == 0))
+    return Plan(
+        len(bounds),
+        tuple(blocks),
+        tuple(following),
+        order[0] if order else 0,
+        padded.to(device),
+        place[:length].to(device),
+        chunk_of.to(device),
+        torch.tensor([_factor_range(e - s, dtype) for s, e in bounds], device=device),
+    )
+
+
+def chunk_bounds(length: int, reverse: bool, suffix: int, chunk_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of the chunks: all of one size but the body's last, which takes what is left, and a suffix's."""
+    body = length - suffix if reverse else length
+    starts = [chunk_size * i for i in range(max(1, round(body / chunk_size)))] if body else []
+    bounds = [*itertools.pairwise([*starts, body])]
+    return bounds + [(s, min(s + chunk_size, length)) for s in range(body, length, chunk_size)]
+
+
+def is_stateless(chunks: int, initial_state: Tensor | None, want_final: bool) -> bool:
+    """Whether a scan is one masked product: so many chunks, no state before them, and none wanted after them."""
+    return chunks == 1 and initial_state is None and not want_final
+
+
+def is_one_chunk(length: int) -> bool:
+    """Whether so many tokens, scanned in one direction, are a single chunk."""
+    return len(chunk_bounds(length, False, 0, DEFAULT_CHUNK_SIZE)) == 1
+
+
+def cut(x: Tensor, heads: int, headdim: int, reverse: bool, suffix: int, chunk_size: int) -> tuple[Plan, list[slice]]:
+    """The plan of (batch, length, ...) tokens, and groups of samples: so many that a block of them fits the cache."""
+    batch, length = x.shape[:2]
+    samples, chunks = group_and_block(batch, length, heads * headdim, chunk_size)
+    the_plan = plan(length, reverse, suffix, chunk_size, chunks, work_dtype(x), x.device)
+    return the_plan, [slice(s, min(s + samples, batch)) for s in range(0, batch, samples)]
+
+
+def group_and_block(batch: int, length: int, width: int, chunk_size: int) -> tuple[int, int]:
+    """How many samples are a group, and how many chunks a block at most; width: heads * headdim."""
+    chunk_elements = max(1, min(chunk_size, length) * width)
+    samples = min(max(1, _BLOCK_ELEMENTS // chunk_elements), max(1, batch))
+    return samples, max(1, _BLOCK_ELEMENTS // (chunk_elements * samples))
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _factor_range(size: int, dtype: torch.dtype) -> float:
+    """The log-decay of a chunk of so many tokens up to which it may be cut into factors: 120 in float32.
+
+    The factors then stay within exp(60) either way, 1e26, so that what they multiply may be 1e11 times as large as 1
+    and as small. A gradient of a decay is a difference of numbers that know nothing of that decay, and loses as many
+    digits as it has: hence no more than 8 a token.
+    """
+    return min(1.35 * math.log(torch.finfo(dtype).max), 8.0 * size)
