@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchscale.errors import UserError
 from patchscale.models import Adventurer
-from patchscale.scaling.runs import count_flops, make_study, planned_flops, read_fields, read_study, to_recipe_file
+from patchscale.scaling.runs import image_flops, make_study, planned_flops, read_fields, read_study, to_recipe_file
 from patchscale.train.recipe import Recipe
 from patchscale.train.stages import read_recipe_file
 
@@ -106,7 +106,7 @@ def test_flops_are_those_of_the_counter_on_real_tensors(patch_size, width, depth
     real = Adventurer(8, patch_size, 1, 10, embed_dim=width, depth=depth)
     with torch.device("meta"):
         model = Adventurer(8, patch_size, 1, 10, embed_dim=width, depth=depth)
-    forward, training = count_flops(model, 1, (8, 8))
+    forward, training = image_flops(model, 1, (8, 8))
     with FlopCounterMode(display=False) as counter:
         loss = real(torch.zeros(1, 1, 8, 8)).sum()
         assert counter.get_total_flops() == forward

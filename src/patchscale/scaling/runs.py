@@ -31,12 +31,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from timm.layers import to_2tuple
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from patchscale.data.sources import Source, open_source
 from patchscale.errors import UserError, first_line
 from patchscale.train.build import create_model, model_arguments, trained_module
 from patchscale.train.recipe import Recipe, fits
+from patchscale.train.speed import count_flops
 from patchscale.train.stages import read_recipe_file
 
 Hold = Literal["epochs", "flops"]
@@ -194,14 +194,20 @@ def _same_flops(runs: list[Run]) -> list[Run]:
     ]
 
 
-def planned_flops(recipe: Recipe) -> tuple[float, float]:
+def planned_flops(recipe: Recipe) -> tuple[int, int]:
     """Of a recipe's model: FLOPs of one image forward, and of one image in training."""
     sources = _open(recipe.data)
     with torch.device("meta"):
         model = create_model(recipe.model, model_arguments(recipe, sources))
         module = trained_module(recipe, model)
     height, width = to_2tuple(recipe.img_size or model.pretrained_cfg["input_size"][-1])  # type: ignore[index]
-    return count_flops(module, sources.channels, (height, width))
+    return image_flops(module, sources.channels, (height, width))
+
+
+def image_flops(model: nn.Module, channels: int, img_size: tuple[int, int]) -> tuple[int, int]:
+    """Of one image forward, and of one image in training; the model is on the meta device."""
+    forward, training = (count_flops(model, channels, img_size, training) for training in (False, True))
+    return forward, training
 
 
 _sources: dict[str, Source] = {}
@@ -211,30 +217,6 @@ def _open(data: str) -> Source:
     if data not in _sources:
         _sources[data] = open_source(data, "val", 1)
     return _sources[data]
-
-
-def count_flops(model: nn.Module, channels: int, img_size: tuple[int, int]) -> tuple[float, float]:
-    """FLOPs of one image, by PyTorch's counter on tensors without data.
-
-    Args:
-        model: on the meta device.
-        channels: of an image.
-        img_size: height and width in pixels.
-
-    Returns:
-        Of a forward pass, and of a forward and backward pass.
-    """
-    image = torch.empty(1, channels, *img_size, device="meta")
-    counts = []
-    for training in (False, True):
-        model.train(training)
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
-            out = model(image)
-            out = out[0] if isinstance(out, tuple) else out
-            if training:
-                out.sum().backward()
-        counts.append(float(counter.get_total_flops()))
-    return counts[0], counts[1]
 
 
 def read_fields(words: Sequence[str]) -> dict[str, Any]:

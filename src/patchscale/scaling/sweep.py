@@ -25,7 +25,7 @@ import torch
 from patchscale.errors import INTERRUPTED, Interrupted, TrainingStopped, UserError
 from patchscale.files import make_folder, write_atomically
 from patchscale.scaling.results import FILE, Cell, write_results
-from patchscale.scaling.runs import Run, Study, count_flops, planned_flops, to_recipe_file
+from patchscale.scaling.runs import Run, Study, image_flops, planned_flops, to_recipe_file
 from patchscale.train.build import create_model, trained_module
 from patchscale.train.checkpoint import LAST, read_training_state
 from patchscale.train.describe import RUN as RUN_RECORD
@@ -230,13 +230,13 @@ def _flops_of(state: dict[str, Any]) -> tuple[float, float]:
     return by_patch[0][0], sum(training for _, training in by_patch) / len(by_patch)
 
 
-def _flops_by_patch(state: dict[str, Any]) -> list[tuple[float, float]]:
+def _flops_by_patch(state: dict[str, Any]) -> list[tuple[int, int]]:
     recipe, preprocessing = Recipe.from_dict(state["recipe"]), state["preprocessing"]
     counts = []
     for given in [{"patch_size": size} for size in recipe.patch_sizes] or [{}]:
         with torch.device("meta"):
             module = trained_module(recipe, create_model(state["model_name"], dict(state["model_args"]) | given))
-        counts.append(count_flops(module, preprocessing["channels"], tuple(preprocessing["img_size"])))
+        counts.append(image_flops(module, preprocessing["channels"], tuple(preprocessing["img_size"])))
     return counts
 
 

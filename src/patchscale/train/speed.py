@@ -100,14 +100,36 @@ def _training_flops(model: nn.Module, preprocessing: Preprocessing, patch_sizes:
 
 
 def forward_flops(model: nn.Module, preprocessing: Preprocessing, patch_size: int | None = None) -> int | None:
-    """FLOPs of one image, by PyTorch's counter (a product and a sum are two); None for a model that is not counted."""
-    image = torch.empty(1, preprocessing.channels, *preprocessing.img_size, device="meta")
+    """FLOPs of one image; None for a model that cannot be counted."""
     try:
-        shapes = copy.deepcopy(model).to("meta").float().eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            shapes(image, **({} if patch_size is None else {"patch_size": patch_size}))
+        shapes = copy.deepcopy(model).to("meta").float()
+        return count_flops(shapes, preprocessing.channels, preprocessing.img_size, patch_size=patch_size)
     except (RuntimeError, NotImplementedError, ValueError):
         return None
+
+
+def count_flops(
+    model: nn.Module,
+    channels: int,
+    img_size: tuple[int, int],
+    training: bool = False,
+    patch_size: int | None = None,
+) -> int:
+    """FLOPs of one image, by PyTorch's counter (a product and a sum are two) on tensors without data.
+
+    Args:
+        model: on the meta device; left in evaluation or training, whichever was counted.
+        channels: of an image.
+        img_size: height and width in pixels.
+        training: forward and backward instead of forward alone.
+        patch_size: that the model is called with, if not its own.
+    """
+    image = torch.empty(1, channels, *img_size, device="meta")
+    model.train(training)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+        out = model(image, **({} if patch_size is None else {"patch_size": patch_size}))
+        if training:
+            (out[0] if isinstance(out, tuple) else out).sum().backward()
     return counter.get_total_flops()
 
 
