@@ -507,7 +507,8 @@ def report(
 
 def plan(arguments: list[str]) -> None:
     """Say what training costs at every patch size, in FLOPs, memory and time, before it is paid."""
-    from patchscale.scaling.plan import PLAN_WIDTH, Options, show_plan
+    from patchscale.scaling.plan import Options
+    from patchscale.scaling.plan_report import PLAN_WIDTH, show_plan
     from patchscale.train.device import keep_freed_memory
 
     options = tyro.cli(Options, args=arguments, prog="patchscale plan", description=plan.__doc__)

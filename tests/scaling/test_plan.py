@@ -4,14 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from patchscale.cli import main
 from patchscale.errors import UserError
 from patchscale.scaling.cost import GPUS, training_cost
 from patchscale.scaling.plan import (
     Options,
     crossovers,
     find_gpu,
-    fit_lines,
     fit_memory,
     plan,
     read_memory,
@@ -95,19 +93,6 @@ def test_the_largest_batch_fits_and_one_more_does_not(rows, memory):
         assert rows[0].subject.cost(2, fit.batch + 1, "32-true", fit.recompute).peak > 0.95 * room
 
 
-def test_the_cheapest_that_fits_is_named(rows):
-    peaks = {recompute: cost.peak for recompute, cost in rows[2].costs.items()}
-
-    def said(memory):
-        options = replace(SMALL, patch_sizes=(2,), fit_memory="x")
-        return fit_lines(options, fit_memory(options, rows[2:3], memory))[1]
-
-    assert said(round(peaks["nothing"] / 0.94)).startswith("  patch 2: 4 images: nothing recomputed;")
-    assert "4 images: all but products recomputed" in said(round(peaks["all but products"] / 0.94))
-    assert "4 images do not fit: --device-batch" in said(round(0.9 * peaks["blocks"]))
-    assert said(2**10).startswith("  patch 2: not one image fits; at most 0")
-
-
 def _published(model):
     rows = [row for row in published() if row.metric == "A100 time" and row.model == model]
     return {row.patch_size: row.value for row in rows}
@@ -183,17 +168,3 @@ def test_bad_input_is_one_line(changes, said):
     with pytest.raises(UserError, match=said) as caught:
         plan(replace(SMALL, **changes))
     assert "\n" not in str(caught.value)
-
-
-def test_the_command(tmp_path, capsys):
-    picture = tmp_path / "new" / "plan.png"
-    flags = "--img-size 8 --patch-sizes 4 --embed-dim 64 --depth 2 --batch-size 2 --gpu h200 --precision bf16-mixed"
-    command = ["plan", "deit_tiny_patch16", *flags.split(), "--fit-memory", "64MiB", "--plot", str(picture)]
-    assert main(command) == 0
-    said = capsys.readouterr().out
-    assert "an estimate, H200 SXM 141 GB at its peaks" in said
-    for line in ("time: ", "FLOPs: ", "memory: ", "in 64MiB, 5% of it left free", "patch 4: 2 images: nothing recom"):
-        assert line in said
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert main([*command, "--fit-memory", "lots"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1

@@ -20,20 +20,14 @@ import timm
 import torch
 import torch.nn.functional as F
 import tyro
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from timm.layers import to_2tuple
 from torch import nn
 
 from patchscale.bench.measure import ceilings
 from patchscale.errors import UserError
-from patchscale.files import make_folder, write_atomically
 from patchscale.models.adventurer import Adventurer
 from patchscale.models.tokens import grid_size
 from patchscale.scaling.cost import GPUS, RECOMPUTE, Cost, Machine, Recompute, autocast_of, blocks_of, training_cost
-from patchscale.scaling.figures import Palette, amount, draw
 from patchscale.train.build import check_model_name, create_model
 from patchscale.train.device import resolve_device
 from patchscale.train.recipe import Precision
@@ -45,10 +39,8 @@ _MOST_SECONDS = 4.0
 _PROBE_BLOCKS = 4
 _PROBE_ROUNDS = 3
 _MAX_ROUNDS = 30
-# Characters that the table needs.
-PLAN_WIDTH = 96
 # Of the memory to be fitted, what fragmentation and the device's own needs may take.
-_SPARE = 0.05
+SPARE = 0.05
 _UNITS = {"B": 1} | {f"{p}{b}": base**i for b, base in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT", 1)}
 
 
@@ -377,7 +369,7 @@ def fit_memory(options: Options, rows: Sequence[Row], memory: int) -> list[Fit]:
         memory: bytes.
     """
     subject = rows[0].subject
-    room = int(memory * (1 - _SPARE))
+    room = int(memory * (1 - SPARE))
     fits = []
     for row in rows:
         if row.subject is not subject:
@@ -457,139 +449,3 @@ def _crossover(rows: Sequence[Row], value: Callable[[Row], float]) -> str:
             return f"the scan takes less from about {where:,.0f} tokens on"
     less = "scan" if start <= 0 else "attention"
     return f"{less} takes less throughout, from {first:,} to {last:,} tokens"
-
-
-def show_plan(options: Options, print_: Callable[[Any], None], note: Callable[[str], None] = lambda text: None) -> None:
-    """Make a plan, print it, and draw it where a file is named.
-
-    Args:
-        options: what, and where.
-        print_: takes tables and lines.
-        note: told what is being done.
-
-    Raises:
-        UserError: as :func:`plan` and :func:`read_memory`, or the picture cannot be written.
-    """
-    memory = None if options.fit_memory is None else read_memory(options.fit_memory)
-    if options.plot is not None:
-        make_folder(options.plot.resolve().parent)
-    rows = plan(options, note)
-    print_(table_of(options, rows))
-    for family in ("scan", "attention"):
-        own = [row for row in rows if row.family == family]
-        parameters = [row.cost.parameters / 1e6 for row in own]
-        width, depth = own[0].subject.embed_dim, own[0].subject.depth
-        size = f"width {width}, {depth} blocks, {min(parameters):.4g} to {max(parameters):.4g} M parameters"
-        print_(f"{family}: {own[0].subject.name}, {size}")
-    for name, text in crossovers(rows).items():
-        print_(f"{name}: {text}")
-    if memory is not None:
-        for line in fit_lines(options, fit_memory(options, rows, memory)):
-            print_(line)
-    if options.plot is not None:
-        picture = draw("plan", "cost of training by tokens, of attention and the scan", partial(_plot, rows)).png
-        write_atomically(options.plot, lambda path: path.write_bytes(picture))
-        print_(f"wrote {options.plot}")
-
-
-def table_of(options: Options, rows: Sequence[Row]) -> Table:
-    """A line for each patch size and model."""
-    first = rows[0]
-    where = "measured here" if options.gpu is None else f"an estimate, {find_gpu(options.gpu).name} at its peaks"
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        title=f"a training step of {first.cost.batch} images, {options.precision}; time: {where}",
-        caption="FLOPs and bytes moved are of an image; memory is the peak of the step, also where only the results of "
-        f"linear layers or only the blocks' inputs are kept for the backward; an epoch is {options.images:,} images",
-    )
-    for name in ("patch", "tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for name in ("forward", "training", "moved", "memory", "products\nkept", "blocks\nonly", "step", "epoch"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for patch_size in options.patch_sizes:
-        for row in (row for row in rows if row.patch_size == patch_size):
-            cost, batch = row.cost, row.cost.batch
-            peaks = [_bytes(row.costs[r].peak) if r in row.costs else "" for r in RECOMPUTE]
-            table.add_row(
-                str(patch_size),
-                f"{cost.tokens:,}",
-                row.family,
-                f"{amount(cost.forward_flops / batch)}F",
-                f"{amount(cost.training_flops / batch)}F",
-                f"{amount(cost.moved / batch)}B",
-                *peaks,
-                _seconds(row.seconds),
-                _seconds(row.seconds * options.images / batch),
-            )
-        table.add_section()
-    return table
-
-
-def fit_lines(options: Options, fits: Sequence[Fit]) -> list[str]:
-    """In words, patch size by patch size."""
-    words: dict[Recompute, str] = {
-        "nothing": "nothing recomputed",
-        "all but products": "all but products recomputed (--grad-checkpointing --keep-products)",
-        "blocks": "blocks recomputed (--grad-checkpointing)",
-    }
-    lines = [f"{options.model} in {options.fit_memory}, {_SPARE:.0%} of it left free:"]
-    for patch_size in options.patch_sizes:
-        own = [fit for fit in fits if fit.patch_size == patch_size]
-        most = ", ".join(f"{fit.batch:,} with {words[fit.recompute].split(' (')[0]}" for fit in own)
-        enough = next((fit for fit in own if fit.batch >= options.batch_size), None)
-        if enough is not None:
-            cheapest = f"{options.batch_size} images: {words[enough.recompute]}"
-        elif own[-1].batch:
-            best = max(own, key=lambda fit: fit.batch)
-            cheapest = f"{options.batch_size} images do not fit: --device-batch {best.batch}, {words[best.recompute]}"
-        else:
-            cheapest = "not one image fits"
-        lines.append(f"  patch {patch_size}: {cheapest}; at most {most}")
-    return lines
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30)):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 2**20:.3g} MiB"
-
-
-def _seconds(seconds: float) -> str:
-    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
-        if seconds >= size:
-            return f"{seconds / size:,.3g} {unit}"
-    return f"{1000 * seconds:.3g} ms"
-
-
-def _plot(rows: Sequence[Row], palette: Palette) -> Figure:
-    figure = Figure(figsize=(11, 3.6), layout="constrained", facecolor=palette["paper"])
-    panels: dict[str, Callable[[Row], float]] = {
-        "time (s an image)": lambda row: row.seconds / row.cost.batch,
-        "memory (GiB an image)": lambda row: row.cost.peak / row.cost.batch / 2**30,
-        "training FLOPs (an image)": lambda row: row.cost.training_flops / row.cost.batch,
-    }
-    crossed = dict(zip(panels, (crossovers(rows)[name] for name in ("time", "memory", "FLOPs")), strict=True))
-    for axes, (name, value) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for colour, family in (("c0", "scan"), ("c1", "attention")):
-            own = sorted((row for row in rows if row.family == family), key=lambda row: row.cost.tokens)
-            tokens, values = [row.cost.tokens for row in own], [value(row) for row in own]
-            axes.plot(
-                tokens,
-                values,
-                "o-",
-                color=palette[colour],
-                label=f"{family}, width {own[0].subject.embed_dim}",
-                markersize=4,
-            )
-        axes.set(xscale="log", yscale="log", xlabel="tokens")
-        axes.set_title(f"{name}\n{crossed[name]}", loc="left", color=palette["ink"], fontsize=8.5)
-        axes.set_xticks(tokens, [f"{t:,}" for t in tokens])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.tick_params(colors=palette["muted"])
-        axes.grid(axis="y", color=palette["rule"], linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, labelcolor=palette["ink"], fontsize=8)
-    return figure

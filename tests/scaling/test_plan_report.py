@@ -1,0 +1,34 @@
+"""The plan in words: which checkpointing is named, and the command."""
+
+from patchscale.cli import main
+from patchscale.scaling.plan import Options, fit_memory, plan
+from patchscale.scaling.plan_report import fit_lines
+
+
+def test_the_cheapest_that_fits_is_named():
+    size = {"img_size": 16, "embed_dim": 64, "depth": 2, "num_classes": 10, "batch_size": 4}
+    options = Options("adventurer_tiny_patch16_224", patch_sizes=(2,), gpu="a100", fit_memory="x", **size)
+    rows = plan(options)[:1]
+    peaks = {recompute: cost.peak for recompute, cost in rows[0].costs.items()}
+
+    def said(memory):
+        return fit_lines(options, fit_memory(options, rows, memory))[1]
+
+    assert said(round(peaks["nothing"] / 0.94)).startswith("  patch 2: 4 images: nothing recomputed;")
+    assert "4 images: all but products recomputed" in said(round(peaks["all but products"] / 0.94))
+    assert "4 images do not fit: --device-batch" in said(round(0.9 * peaks["blocks"]))
+    assert said(2**10).startswith("  patch 2: not one image fits; at most 0")
+
+
+def test_the_command(tmp_path, capsys):
+    picture = tmp_path / "new" / "plan.png"
+    flags = "--img-size 8 --patch-sizes 4 --embed-dim 64 --depth 2 --batch-size 2 --gpu h200 --precision bf16-mixed"
+    command = ["plan", "deit_tiny_patch16", *flags.split(), "--fit-memory", "64MiB", "--plot", str(picture)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "an estimate, H200 SXM 141 GB at its peaks" in said
+    for line in ("time: ", "FLOPs: ", "memory: ", "in 64MiB, 5% of it left free", "patch 4: 2 images: nothing recom"):
+        assert line in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main([*command, "--fit-memory", "lots"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
