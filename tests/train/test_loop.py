@@ -165,13 +165,25 @@ def test_an_unreadable_image_stops_training_by_name(recipe, broken_folder, worke
         train(recipe(data=f"folder:{broken_folder}", limit_train=None, global_batch=2, workers=workers))
 
 
+class Notes(Observer):
+    """Keeps what it is told."""
+
+    notes: tuple[str, ...] = ()
+
+    def note(self, text: str) -> None:
+        self.notes += (text,)
+
+
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_bfloat16_without_instructions_for_it_is_said_to_be_slow(recipe, monkeypatch, has_bfloat16):
+    known = {"architecture": "x86_64", "avx512_bf16": has_bfloat16}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    observer = Notes()
+    train(recipe(precision="bf16-mixed", device="cpu", epochs=1, limit_train=64), observer=observer)
+    assert any("--precision 32-true" in note for note in observer.notes) != has_bfloat16
+
+
 def test_unreadable_images_are_left_out_on_request_and_said_once(recipe, broken_folder):
-    class Notes(Observer):
-        notes: tuple[str, ...] = ()
-
-        def note(self, text: str) -> None:
-            self.notes += (text,)
-
     observer = Notes()
     settings = {"data": f"folder:{broken_folder}", "limit_train": None, "global_batch": 2, "skip_unreadable": True}
     result = train(recipe(**settings, epochs=2), observer=observer)

@@ -32,6 +32,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether a device is an x86 processor without instructions for bfloat16, where float32 is faster."""
+    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return known.get("architecture") == "x86_64" and not (known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
 def default_workers(device: torch.device) -> int:
     """Loader processes: on a CPU, where they compete with training for cores, two at most."""
     cores = os.cpu_count() or 1

@@ -40,6 +40,7 @@ from patchscale.train.build import (
 )
 from patchscale.train.checkpoint import BEST, LAST, join_weights, read_training_state, save_checkpoint, split_weights
 from patchscale.train.describe import describe_run, plot_curves
+from patchscale.train.device import emulates_bfloat16
 from patchscale.train.logs import Logs
 from patchscale.train.optimiser import Updates, freeze, split_batch
 from patchscale.train.processes import (
@@ -225,6 +226,8 @@ class _Run:
         self.recipe, self.observer, self.processes = recipe, observer, processes
         self.device, self.asked_to_stop = processes.device, 0
         self.folder: Path = processes.tell(run_folder(recipe, resume) if processes.is_first else None)
+        if recipe.precision == "bf16-mixed" and emulates_bfloat16(self.device):
+            observer.note("this processor has no instructions for bfloat16: --precision 32-true is faster here")
         state = self._state_to_go_on_from(resume, override)
         train_source, val_source = open_sources(recipe)
         if val_source.note:
