@@ -26,6 +26,14 @@ def test_fit_says_by_itself_when_the_law_does_not_hold(study, tmp_path, capsys):
     assert "The law does not hold" in capsys.readouterr().out
 
 
+def test_fit_says_what_two_patch_sizes_buy_without_a_law(study, tmp_path, capsys):
+    write_results(tmp_path / "results.jsonl", [c for c in study if c.patch_size in (8, 4)])
+    assert main(["fit", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "No law is fitted to 2 patch sizes" in out
+    assert "From patch 8, going to 4 costs 4.0 times the training compute" in out
+
+
 def test_fit_prints_the_published_figures_apart(capsys):
     assert main(["fit", "published"]) == 0
     out = capsys.readouterr().out
@@ -41,13 +49,15 @@ def test_fit_prints_the_published_figures_apart(capsys):
         (["nowhere.jsonl"], "no such file of results"),
         (["STUDY", "--coarse", "8", "4"], "--coarse 8 4: needs 3 of"),
         (["STUDY", "--confidence", "90"], "confidence is 90"),
-        (["SHORT"], "runs at 2 patch sizes with all else equal, and the law needs 3"),
+        (["SHORT", "--coarse", "16", "8"], "--coarse 16 8: needs 3 patch sizes"),
+        (["ONE"], "has no runs that differ in their patch size alone; the law needs 3 sizes or more"),
     ],
 )
 def test_fit_refuses_in_one_line(study, tmp_path, capsys, arguments, words):
     write_results(tmp_path / "STUDY.jsonl", study)
     write_results(tmp_path / "SHORT.jsonl", [c for c in study if c.patch_size >= 8])
-    places = {name: str(tmp_path / f"{name}.jsonl") for name in ("STUDY", "SHORT")}
+    write_results(tmp_path / "ONE.jsonl", [c for c in study if c.patch_size == 8])
+    places = {name: str(tmp_path / f"{name}.jsonl") for name in ("STUDY", "SHORT", "ONE")}
     assert main(["fit", *(places.get(a, a) for a in arguments)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1

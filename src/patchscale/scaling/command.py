@@ -17,6 +17,7 @@ from patchscale.scaling.study import (
     Group,
     Mean,
     Quantity,
+    Series,
     find_series,
     fit_series,
     group_cells,
@@ -37,33 +38,42 @@ def fit(
         _print_published(console)
         return
     groups = group_cells(read_results(Path(results)))
-    every = [series for series in find_series(groups) if series.first.control == "scale"]
-    long_enough = [series for series in every if len(series.patches) >= 3]
-    if not long_enough:
-        most = max((len(series.patches) for series in every), default=0)
+    found = [series for series in find_series(groups) if series.first.control == "scale" and len(series.patches) > 1]
+    if not found:
         raise UserError(
-            f"{results} has runs at {most} patch size{'s' if most != 1 else ''} with all else equal, and the law needs "
-            "3 or more: run more of them"
+            f"{results} has no runs that differ in their patch size alone; the law needs 3 sizes or more. "
+            f"What it has is compared by: patchscale report {results} --out report.html"
         )
-    for series in long_enough:
-        fitted = fit_series(series, of, axis, confidence)
+    if coarse and all(len(series.patches) < 4 for series in found):
+        raise UserError(f"--coarse {' '.join(map(str, coarse))}: needs 3 patch sizes, and a finer one left to predict")
+    for series in found:
         console.print(f"\n[bold]{series.name}[/bold]", highlight=False)
-        console.print(_forms_table(fitted, of))
-        console.print(fitted.words, highlight=False)
-        for run in fitted.drawn_in:
-            console.print(f"A run at {axis} {fitted.x[run]:g} is far from its fellows, and was drawn in to them.")
-        used, scores = score_series(series, of, coarse, confidence)
-        if scores:
-            console.print(_scores_table(f"predicted from patch {', '.join(map(str, used))}", {"": scores}, confidence))
-        elif coarse:
-            raise UserError(f"--coarse {' '.join(map(str, used))}: needs 3 of {series.patches}, and a finer one left")
+        if len(series.patches) > 2:
+            _print_law(series, of, axis, confidence, coarse, console)
+        else:
+            console.print(f"No law is fitted to {len(series.patches)} patch sizes; it needs 3 or more.")
         for step in steps(series, groups, confidence):
             console.print(str(step), highlight=False)
-        if series.patches[-1] > 1:
+        if len(series.patches) > 2 and series.patches[-1] > 1:
             patch = max(series.patches[-1] // 2, 1)
             console.print(outlook(series, patch, confidence), highlight=False)
     for data in dict.fromkeys(group.first.data for group in groups):
         console.print(_frontier_table(data, [group for group in groups if group.first.data == data]))
+
+
+def _print_law(
+    series: Series, of: Quantity, axis: Axis, confidence: float, coarse: Sequence[int] | None, console: Console
+) -> None:
+    fitted = fit_series(series, of, axis, confidence)
+    console.print(_forms_table(fitted, of))
+    console.print(fitted.words, highlight=False)
+    for run in fitted.drawn_in:
+        console.print(f"A run at {axis} {fitted.x[run]:g} is far from its fellows, and was drawn in to them.")
+    used, scores = score_series(series, of, coarse, confidence)
+    if scores:
+        console.print(_scores_table(f"predicted from patch {', '.join(map(str, used))}", {"": scores}, confidence))
+    elif coarse:
+        raise UserError(f"--coarse {' '.join(map(str, used))}: needs 3 of {series.patches}, and a finer one left")
 
 
 def _frontier_table(data: str, groups: Sequence[Group]) -> Table:
@@ -147,12 +157,14 @@ def _forms_table(fitted: LawFit, of: str) -> Table:
 
 
 def _scores_table(title: str, scores: dict[str, list[Scored]], confidence: float) -> Table:
-    table = Table("", "patch", "predicted", f"{confidence:.0%} interval", "found", "", title=title)
+    names = [""] if len(scores) > 1 else []
+    table = Table(*names, "patch", "predicted", f"{confidence:.0%} interval", "found", "which is", title=title)
     for name, series in scores.items():
         for score in series:
             interval = "none" if math.isnan(score.low) else f"{score.low:.3g} to {score.high:.3g}"
             inside = "" if math.isnan(score.low) else "inside" if score.inside else "outside"
-            table.add_row(name, f"{score.x:g}", f"{score.predicted:.3g}", interval, f"{score.found:.3g}", inside)
+            row = (f"{score.x:g}", f"{score.predicted:.3g}", interval, f"{score.found:.3g}", inside)
+            table.add_row(*[name] * len(names), *row)
     return table
 
 
