@@ -24,7 +24,7 @@ from rich.table import Table
 from patchscale.bench.measure import hand_back_freed_memory, isolated, peak_memory, preload
 from patchscale.bench.report import describe_machine
 from patchscale.files import make_folder, write_atomically
-from patchscale.scaling.cost import Recompute
+from patchscale.train.cost import Recompute
 from patchscale.scaling.plan import (
     Options,
     Subject,

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from patchscale.errors import UserError
-from patchscale.scaling.cost import GPUS, training_cost
 from patchscale.scaling.plan import (
     Options,
     crossovers,
@@ -16,6 +15,7 @@ from patchscale.scaling.plan import (
     subjects,
 )
 from patchscale.scaling.published import published
+from patchscale.train.cost import GPUS, training_cost
 
 SMALL = Options(
     "adventurer_tiny_patch16_224",

@@ -15,7 +15,7 @@ from torch import nn
 from patchscale.errors import UserError
 from patchscale.models import Adventurer
 from patchscale.tasks.classification import Classification
-from patchscale.train.optimiser import Updates, freeze, make_optimizer, make_schedule, peak_lr, split_batch
+from patchscale.train.optimiser import Updates, freeze, images_per_process, make_optimizer, make_schedule, peak_lr
 from patchscale.train.processes import Processes, make_fabric
 from patchscale.train.recipe import Recipe
 
@@ -239,29 +239,12 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ((1024, None, 1), (1024, 1)),
-        ((1024, 128, 8), (128, 1)),
-        ((1024, 128, 1), (1024, 8)),
-        ((1024, 100, 2), (512, 6)),
-        ((64, 256, 1), (64, 1)),
-        ((4096, 128, 128), (32, 1)),
-    ],
-)
-def test_a_batch_is_split_over_processes_and_parts(arguments, expected):
-    images, parts = split_batch(*arguments)
-    assert (images, parts) == expected
-    assert images * arguments[2] == arguments[0]
-    assert arguments[1] is None or -(-images // parts) <= arguments[1]
-
-
 def test_a_batch_that_processes_cannot_share_is_refused_with_near_ones():
     with pytest.raises(UserError, match="10, which 4 processes cannot share: try 8 or 12"):
-        split_batch(10, None, 4)
+        images_per_process(10, 4)
     with pytest.raises(UserError, match=r"try 4$"):
-        split_batch(3, None, 4)
+        images_per_process(3, 4)
+    assert images_per_process(4096, 128) == 32
 
 
 def test_frozen_parameters_stay_and_all_others_move():

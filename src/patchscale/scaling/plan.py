@@ -27,9 +27,10 @@ from patchscale.bench.measure import ceilings
 from patchscale.errors import UserError
 from patchscale.models.adventurer import Adventurer
 from patchscale.models.tokens import grid_size
-from patchscale.scaling.cost import GPUS, RECOMPUTE, Cost, Machine, Recompute, autocast_of, blocks_of, training_cost
 from patchscale.train.build import check_model_name, create_model
+from patchscale.train.cost import GPUS, RECOMPUTE, Cost, Machine, Recompute, autocast_of, blocks_of, training_cost
 from patchscale.train.device import resolve_device
+from patchscale.train.memory import largest_batch
 from patchscale.train.recipe import Precision
 
 # Steps are cut short to about so many seconds, at fewest to so many blocks of one image. Four times as many images take
@@ -379,37 +380,11 @@ def fit_memory(options: Options, rows: Sequence[Row], memory: int) -> list[Fit]:
             def peak_of(batch: int, patch_size: int = row.patch_size, recompute: Recompute = recompute) -> int:
                 return subject.cost(patch_size, batch, options.precision, recompute).peak
 
-            batch = _largest_batch(peak_of, room, cost)
+            batch = largest_batch(peak_of, room, (cost.batch, cost.peak))
             # Forward and backward as dear as the cost model says, in proportion to what is known of one of them.
             speed = cost.batch / row.seconds * row.cost.training_flops / cost.training_flops
             fits.append(Fit(row.patch_size, recompute, batch, speed if batch else 0.0))
     return fits
-
-
-def _largest_batch(peak_of: Callable[[int], int], room: int, known: Cost) -> int:
-    """The most images whose peak is within the room; the peak grows nearly evenly with them."""
-    low, high = (0, 0), (known.batch, known.peak)
-    if known.peak <= room:
-        low, high = high, (2 * known.batch, peak_of(2 * known.batch))
-    while high[1] <= room:
-        batch = max(high[0] + 1, int(high[0] + (room - high[1]) * (high[0] - low[0]) / max(1, high[1] - low[1])))
-        low, high = high, (batch, peak_of(batch))
-    if low[0] == 0:
-        one = peak_of(1)
-        if one > room:
-            return 0
-        low = (1, one)
-    while high[0] - low[0] > 1:
-        share = (room - low[1]) / max(1, high[1] - low[1])
-        batch = min(high[0] - 1, max(low[0] + 1, int(low[0] + share * (high[0] - low[0]))))
-        peak = peak_of(batch)
-        if peak <= room:
-            low = (batch, peak)
-            if room - peak < (high[1] - low[1]) / max(1, high[0] - low[0]):
-                break  # one more would not fit
-        else:
-            high = (batch, peak)
-    return low[0]
 
 
 def read_memory(text: str) -> int:

@@ -10,9 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from patchscale.files import make_folder, write_atomically
-from patchscale.scaling.cost import RECOMPUTE, Recompute
 from patchscale.scaling.figures import Palette, amount, draw
 from patchscale.scaling.plan import SPARE, Fit, Options, Row, crossovers, find_gpu, fit_memory, plan, read_memory
+from patchscale.train.cost import RECOMPUTE, Recompute
 
 # Characters that the table needs.
 PLAN_WIDTH = 96

@@ -20,6 +20,8 @@ from patchscale.tasks.masked_autoencoding import MaskedAutoencoding
 from patchscale.train.build import make_loader, refuse_or_note
 from patchscale.train.checkpoint import load_autoencoder, load_model
 from patchscale.train.device import autocast, resolve_device
+from patchscale.train.memory import images_that_fit
+from patchscale.train.recipe import Precision
 from patchscale.train.speed import forward_flops
 
 FLIP_TRIAL_IMAGES = 500
@@ -61,7 +63,7 @@ def evaluate(
     flip: str | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
-    precision: str | None = None,
+    precision: Precision | None = None,
     device: str | None = None,
     workers: int | None = None,
     skip_unreadable: bool = False,
@@ -116,8 +118,13 @@ def evaluate(
         raise UserError(f"the model takes {loaded.preprocessing.channels} channels, the data has {source.channels}")
     if source.note:
         note(source.note)
-    batch_size = batch_size or (recipe.images_at_once if recipe else 64)
     precision = precision or (recipe.precision if recipe else "32-true")
+    if batch_size is None:
+        batch_size = recipe.images_at_once if recipe else 64
+        if place.type == "cpu":
+            batch_size = images_that_fit(
+                loaded.model, loaded.preprocessing.img_size, batch_size, precision, patch_sizes
+            )
     dtype = torch.float64 if precision == "64-true" else torch.float32
     model: Any = (painter or loaded.model).to(place, dtype)
     task = Classification(len(source.classes)) if painter is None else MaskedAutoencoding(painter)

@@ -42,7 +42,8 @@ from patchscale.train.checkpoint import BEST, LAST, join_weights, read_training_
 from patchscale.train.describe import describe_run, plot_curves
 from patchscale.train.device import emulates_bfloat16
 from patchscale.train.logs import Logs
-from patchscale.train.optimiser import Updates, freeze, split_batch
+from patchscale.train.memory import images_that_fit, memory_here
+from patchscale.train.optimiser import Updates, freeze, images_per_process
 from patchscale.train.processes import (
     Processes,
     gathered,
@@ -234,7 +235,7 @@ class _Run:
             observer.note(val_source.note)
         share = processes.count, processes.rank
         self.sampler = EpochSampler(len(train_source), recipe.seed, recipe.repeated_aug, *share)
-        self.batch, parts = split_batch(recipe.global_batch, recipe.device_batch, processes.count)
+        self.batch = images_per_process(recipe.global_batch, processes.count)
         if self.batch > len(self.sampler):
             raise UserError(
                 f"--global-batch is {recipe.global_batch}, more than the {len(self.sampler) * processes.count} images "
@@ -263,7 +264,7 @@ class _Run:
         evaluated = None if on_device else self.preprocessing.transform()
         self.decoders = [make_decoder(recipe, self.preprocessing, self.device, training) for training in (True, False)]
         self.train_loader = make_loader(train_source, augmented, self.batch, recipe.workers, self.device, self.sampler)
-        at_once = min(self.batch, recipe.images_at_once)
+        at_once = self._images_at_once(model)
         self.val_loader = make_loader(
             val_source, evaluated, at_once, recipe.workers, self.device, ShareSampler(len(val_source), *share)
         )
@@ -271,7 +272,7 @@ class _Run:
 
         self.steps_per_epoch = len(self.train_loader)
         self.speed = Speed(module, self.preprocessing, recipe.precision, processes, recipe.patch_sizes)
-        self.updates = Updates(self.model, recipe, self.steps_per_epoch, processes, parts)
+        self.updates = Updates(self.model, recipe, self.steps_per_epoch, processes, math.ceil(self.batch / at_once))
         self.ema = self.updates.ema
         self.step = self.epochs_done = 0  # optimiser steps; epochs that were evaluated too
         self.best_quality, self.best_epoch = -math.inf, 0
@@ -285,6 +286,21 @@ class _Run:
         self.saved_at, self.saved_step = time.monotonic(), self.step
         self.drawn_at = -math.inf
         self.first_images: Tensor | None = None
+
+    def _images_at_once(self, model: nn.Module) -> int:
+        recipe, processes = self.recipe, self.processes
+        if recipe.device_batch is not None or self.device.type != "cpu":
+            return min(self.batch, recipe.images_at_once)
+        memory = memory_here() // processes.count
+        fit = images_that_fit(
+            model, self.preprocessing.img_size, self.batch, recipe.precision, recipe.patch_sizes, memory
+        )
+        if fit < self.batch:
+            self.observer.note(
+                f"{self.batch:,} images at a time may need more than half of the {memory / 2**30:.3g} GiB of memory: "
+                f"a step takes {fit} at a time, with the same result (--device-batch says otherwise)"
+            )
+        return fit
 
     def _state_to_go_on_from(self, resume: Path | None, override: bool) -> dict[str, Any] | None:
         source = resume or (self.folder if (self.folder / LAST).exists() else None)

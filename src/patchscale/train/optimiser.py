@@ -19,16 +19,8 @@ LR_BATCH = 512
 """Images a step that a scaled learning rate is stated for (published code, main.py)."""
 
 
-def split_batch(global_batch: int, device_batch: int | None, processes: int = 1) -> tuple[int, int]:
-    """How the images of one optimiser step are divided, so that their sum is the same on any number of devices.
-
-    Args:
-        global_batch: images an optimiser step, over all processes.
-        device_batch: most images that one device takes at once; None for all that fall to it.
-        processes: devices.
-
-    Returns:
-        (images of a step on each process, parts in which a process does them one after another).
+def images_per_process(global_batch: int, processes: int) -> int:
+    """Images of an optimiser step on each process, so that their sum is the same on any number of devices.
 
     Raises:
         UserError: the processes cannot share the batch equally.
@@ -37,8 +29,7 @@ def split_batch(global_batch: int, device_batch: int | None, processes: int = 1)
         below, above = global_batch // processes * processes, -(-global_batch // processes) * processes
         near = f"{below} or {above}" if below else f"{above}"
         raise UserError(f"--global-batch is {global_batch}, which {processes} processes cannot share: try {near}")
-    images = global_batch // processes
-    return images, 1 if device_batch is None else math.ceil(images / device_batch)
+    return global_batch // processes
 
 
 def peak_lr(recipe: Recipe) -> float:

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from patchscale.bench.measure import hand_back_freed_memory, isolated, peak_memory, preload
 from patchscale.errors import UserError
 from patchscale.ops import mixer
-from patchscale.scaling.cost import GPUS, RECOMPUTE, Machine, training_cost
 from patchscale.train.build import recompute_blocks
+from patchscale.train.cost import GPUS, RECOMPUTE, Machine, training_cost
 
 SMALL = {"img_size": 32, "embed_dim": 64, "depth": 3, "num_classes": 10}
 NAMES = ("adventurer_tiny_patch16_224", "deit_tiny_patch16", "pixel_transformer_tiny_patch1_32")

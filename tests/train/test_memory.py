@@ -1,0 +1,57 @@
+"""How many images are computed at once."""
+
+import pytest
+import torch
+
+from patchscale.models import Adventurer, ViT
+from patchscale.train.cost import training_cost
+from patchscale.train.loop import Observer, train
+from patchscale.train.memory import images_that_fit, memory_here
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize("patch_sizes", [(), (4, 2)])
+@pytest.mark.parametrize("family", [Adventurer, ViT])
+def test_a_step_of_so_many_images_takes_half_of_the_memory_and_one_more_takes_more(family, patch_sizes):
+    sizes = {"embed_dim": 64, "depth": 3} | ({"num_heads": 4} if family is ViT else {})
+    model = family(32, 4, **sizes)
+    fit = images_that_fit(model, (32, 32), 4096, "32-true", patch_sizes, GIB)
+    finest = family(32, min(patch_sizes, default=4), **sizes)
+    assert training_cost(finest, (32, 32), fit).peak <= GIB / 2
+    assert training_cost(finest, (32, 32), fit + 1).peak > GIB / 2
+    assert images_that_fit(model, (32, 32), fit, "32-true", patch_sizes, GIB) == fit
+    assert images_that_fit(model, (32, 32), 2, "32-true", patch_sizes, GIB) == 2
+
+
+def test_recomputed_blocks_leave_room_for_more_images():
+    model = ViT(32, 2, embed_dim=64, depth=6, num_heads=4)
+    all_kept = images_that_fit(model, (32, 32), 4096, "32-true", (), GIB)
+    model.set_grad_checkpointing()
+    assert images_that_fit(model, (32, 32), 4096, "32-true", (), GIB) > 2 * all_kept
+
+
+def test_one_image_is_tried_whatever_it_takes():
+    assert images_that_fit(ViT(32, 2, embed_dim=64, depth=6, num_heads=4), (32, 32), 8, "32-true", (), 2**20) == 1
+
+
+def test_this_machine_has_memory():
+    assert 2**28 < memory_here() < 2**45
+
+
+def test_a_step_that_does_not_fit_is_done_in_parts_with_the_same_result(recipe, tmp_path, monkeypatch):
+    class Notes(Observer):
+        notes: tuple[str, ...] = ()
+
+        def note(self, text: str) -> None:
+            self.notes += (text,)
+
+    settings = {"epochs": 1, "limit_train": 128, "global_batch": 64, "device": "cpu", "drop_path": 0.0}
+    whole = train(recipe(**settings, output=tmp_path / "whole"))
+    monkeypatch.setattr("patchscale.train.loop.images_that_fit", lambda *given: 24)
+    observer = Notes()
+    parted = train(recipe(**settings, output=tmp_path / "parted"), observer=observer)
+    assert any("takes 24 at a time" in note for note in observer.notes)
+    weights = [torch.load(r.folder / "last.pt", weights_only=True)["model"] for r in (whole, parted)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4)
