@@ -1,4 +1,5 @@
 import math
+import random
 import re
 from dataclasses import replace
 
@@ -130,6 +131,29 @@ def test_randaugment_moves_and_fills_as_published():
         assert (operation.magnitude, operation.magnitude_std) == (9, 0.5)
         assert operation.kwargs["fillcolor"] == tuple(round(255 * m) for m in MEAN)
         assert operation.hparams["translate_const"] == int(0.45 * 64)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10-n9-inc1", "rand-m1", "v0", "original"])
+def test_no_policy_fails_at_its_strongest(policy, mode):
+    """Nor at its weakest; Pillow 13 refuses to keep no bits of a colour."""
+    random.seed(0)
+    preprocessing = Preprocessing((8, 8), len(mode), MEAN[: len(mode)], STD[: len(mode)], 1.0)
+    transform = preprocessing.training_transform((1.0, 1.0), 0.0, 0.0, auto_augment=policy)
+    image = noise(8, 8).convert(mode)
+    for _ in range(300):
+        assert transform(image).isfinite().all()
+
+
+def test_a_colour_of_no_bits_is_black():
+    transform = Preprocessing((8, 8), 3, MEAN, STD, 1.0).training_transform(
+        (1.0, 1.0), 0.0, 0.0, auto_augment="rand-m10-n1-inc1"
+    )
+    (op,) = (op for op in transform.transforms[1].ops if op.name == "PosterizeIncreasing")
+    op.prob = 1.0
+    assert not np.array(op(noise(8, 8))).any()
+    op.magnitude = 5  # two of four
+    assert set(np.unique(np.array(op(noise(64, 64))))) == {0, 64, 128, 192}
 
 
 def test_a_simple_crop_is_a_shifted_copy_with_reflected_borders():

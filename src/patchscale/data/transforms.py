@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import posterize
 from timm.data.transforms import MaybeToTensor
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, Normalize, RandomCrop, Resize
@@ -176,5 +177,22 @@ class Preprocessing:
             resize = Resize(max(height, width), InterpolationMode.BICUBIC)
             crop = RandomCrop((height, width), padding=CROP_PADDING, padding_mode="reflect")
             transform.transforms[:1] = [resize, crop]
+        for step in transform.transforms:
+            _let_posterize_keep_no_bits(step)
         transform.transforms += self.last_steps
         return transform
+
+
+def _let_posterize_keep_no_bits(step: Any) -> None:
+    """At its strongest, timm's posterize keeps none of 8 bits: black, which Pillow 13 refuses instead.
+
+    One image in some hundreds meets it under ``rand-m9-mstd0.5-inc1``.
+    """
+    policy = [op for several in getattr(step, "policy", []) for op in several]
+    for op in [*getattr(step, "ops", []), *policy]:
+        if getattr(op, "aug_fn", None) is posterize:
+            op.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    return posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
