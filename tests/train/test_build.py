@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -86,3 +89,24 @@ def test_a_student_learns_from_a_run(recipe, tmp_path, kind):
     student = train(recipe(teacher=str(teacher.folder), output=tmp_path / "student", **settings))
     assert teacher.scores.top1 > 60
     assert student.scores.top1 > 40  # chance is 10
+
+
+def test_an_error_in_a_worker_that_nobody_foresaw_ends_the_process(tmp_path):
+    """It did not: at exit the process waited for its worker, which ignores the signal to end."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+from patchscale.data.sources import Transformed
+from patchscale.train.loop import train
+from patchscale.train.recipe import Recipe
+
+def broken(self, item):
+    raise ArithmeticError("nobody foresaw this")
+
+Transformed.__getitem__ = broken
+train(Recipe("adventurer_tiny_patch4", "digits", img_size=8, embed_dim=32, depth=1, workers=1, device="cpu"))
+"""
+    )
+    ended = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 1
+    assert "nobody foresaw this" in ended.stderr

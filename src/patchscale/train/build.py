@@ -1,6 +1,8 @@
 """From a recipe to the parts of its run: folder, data, model, task."""
 
+import atexit
 import difflib
+import multiprocessing
 import signal
 import time
 from collections.abc import Callable
@@ -283,6 +285,14 @@ def _leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C and a scheduler's signals reach every process of the group; the run decides when its workers end."""
     for name in STOP_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """After an error nobody caught, workers are still there; what ends them by default is the signal they ignore."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def refuse_or_note(item: Unreadable, skip: bool, note: Callable[[str], None]) -> None:
