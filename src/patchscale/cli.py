@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -230,9 +231,21 @@ def sweep(arguments: list[str]) -> None:
         return
     with _sweep_table() as watch:
         cells = run(study, folder, given.jobs, watch)
-    _out.print(results_table(cells), width=max(_out.width, RESULTS_WIDTH))
+    _make_room(RESULTS_WIDTH)
+    _out.print(results_table(cells))
     _out.print(f"{len(cells)} runs in {folder / 'results.jsonl'}", highlight=False)
     _out.print(f"read them: patchscale report {folder} --out {folder / 'report.html'}", highlight=False)
+
+
+def _print_whole(what: Any) -> None:
+    """A line of a table that the terminal wraps is better than a number cut off."""
+    if isinstance(what, Table):
+        _make_room(Measurement.get(_out, _out.options.update(max_width=1000), what).maximum)
+    _out.print(what, highlight=False)
+
+
+def _make_room(characters: int) -> None:
+    _out.width = max(_out.width, characters)
 
 
 def _submit_sweep(study: Any, folder: Path, flags: str, at_once: int | None) -> None:
@@ -508,15 +521,13 @@ def report(
 def plan(arguments: list[str]) -> None:
     """Say what training costs at every patch size, in FLOPs, memory and time, before it is paid."""
     from patchscale.scaling.plan import Options
-    from patchscale.scaling.plan_report import PLAN_WIDTH, show_plan
+    from patchscale.scaling.plan_report import show_plan
     from patchscale.train.device import keep_freed_memory
 
     options = tyro.cli(Options, args=arguments, prog="patchscale plan", description=plan.__doc__)
     keep_freed_memory()
     with _err.status("") as status:
-        # A number cut off is worse than a line that wraps.
-        width = max(_out.width, PLAN_WIDTH)
-        show_plan(options, lambda what: _out.print(what, highlight=False, width=width), status.update)
+        show_plan(options, _print_whole, status.update)
 
 
 def env() -> None:

@@ -50,7 +50,7 @@ def test_fit_prints_the_published_figures_apart(capsys):
         (["STUDY", "--coarse", "8", "4"], "--coarse 8 4: needs 3 of"),
         (["STUDY", "--confidence", "90"], "confidence is 90"),
         (["SHORT", "--coarse", "16", "8"], "--coarse 16 8: needs 3 patch sizes"),
-        (["ONE"], "has no runs that differ in their patch size alone; the law needs 3 sizes or more"),
+        (["ONE"], "has no models that differ in their patch size alone; the law needs 3 sizes or more"),
     ],
 )
 def test_fit_refuses_in_one_line(study, tmp_path, capsys, arguments, words):

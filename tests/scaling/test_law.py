@@ -81,6 +81,32 @@ def test_one_diverged_seed_does_not_bend_the_law():
     assert after.predict(1).value == pytest.approx(before.predict(1).value, abs=0.01)
 
 
+def test_two_seeds_that_differ_are_both_believed():
+    """Which of them diverged is not known."""
+    patch = np.repeat(PATCHES, 2)
+    loss = losses(patch, 0.003)
+    loss[7] += 2.0
+    assert fit_law(patch, loss).drawn_in == ()
+
+
+def test_a_patch_whose_seeds_all_differ_is_believed():
+    patch = np.repeat(PATCHES, 3)
+    loss = losses(patch, 0.003)
+    loss[patch == 2] += [-0.1, 0.0, 0.15]
+    assert fit_law(patch, loss).drawn_in == ()
+
+
+def test_a_limit_above_what_was_found_is_not_said_to_be_determined():
+    patch = np.repeat(PATCHES, 3)
+    loss = 1.0 + 0.02 * patch + np.tile([-0.001, 0.0, 0.001], len(PATCHES))
+    assert fit_law(patch, loss).verdict == "holds"
+    steep = 1.0 + 1e-4 * patch**3 - 0.004 * (patch == 1) + np.tile([-0.003, 0.0, 0.003], len(PATCHES))
+    fit = fit_law(patch, steep)
+    assert fit.law.L_inf > steep[patch == 1].mean()
+    assert fit.verdict == "undetermined"
+    assert "is above the lowest loss found" in fit.words
+
+
 def test_a_patch_that_departs_from_the_law_is_a_finding():
     patch = np.repeat(PATCHES, 3)
     loss = losses(patch, 0.003)

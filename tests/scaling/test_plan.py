@@ -102,9 +102,10 @@ def _published(model):
 def test_published_gpu_hours_in_shape(model):
     """Table 6 of arXiv 2502.03738: hours of A100s an epoch of ImageNet-1k, in 16 bits.
 
-    A roofline is the least that there can be: published runs take 1.4 to 2.4 times as long, with launches, data and
-    communication. That factor is nearly the same from patch 8 to 1 (within a tenth; over a factor of 65 and 520 in
-    time), and at patch 16 for the scan; for attention at patch 16 it is a fifth less.
+    A roofline is the least that there can be: published runs take longer, with launches, data and communication; the
+    scan 1.4 to 1.6 times as long, attention 1.7 to 2.4 times. For each that factor is nearly the same from patch 8 to 1
+    (within a tenth; over a factor of 65 and 520 in time), and at patch 16 for the scan; for attention at patch 16 it is
+    a fifth less. So the roofline sees the two cross at more tokens than they did: near 3,800 instead of 196 to 784.
     """
     name = {"DeiT-B": "deit_base_patch16", "Adventurer-B": "adventurer_base_patch16_224"}[model]
     subject = subjects(Options(name))[0]
@@ -114,7 +115,8 @@ def test_published_gpu_hours_in_shape(model):
         seconds = subject.cost(patch_size, batch, "16-mixed").seconds_at_best(GPUS["a100"])
         hours[patch_size] = seconds / batch * 1_281_167 / 3600
     slower = {patch: _published(model)[patch] / hours[patch] for patch in hours}
-    assert all(1.2 < factor < 2.6 for factor in slower.values())
+    low, high = {"DeiT-B": (1.7, 2.4), "Adventurer-B": (1.35, 1.6)}[model]
+    assert all(low < factor < high for factor in slower.values()), slower
     assert slower[8] == pytest.approx(slower[1], rel=0.1)
     assert slower[16] == pytest.approx(slower[1], rel=0.25)
 

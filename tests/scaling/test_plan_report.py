@@ -1,5 +1,8 @@
 """The plan in words: which checkpointing is named, and the command."""
 
+from rich.console import Console
+
+from patchscale import cli
 from patchscale.cli import main
 from patchscale.scaling.plan import Options, fit_memory, plan
 from patchscale.scaling.plan_report import fit_lines
@@ -18,6 +21,23 @@ def test_the_cheapest_that_fits_is_named():
     assert "4 images: all but products recomputed" in said(round(peaks["all but products"] / 0.94))
     assert "4 images do not fit: --device-batch" in said(round(0.9 * peaks["blocks"]))
     assert said(2**10).startswith("  patch 2: not one image fits; at most 0")
+
+
+def test_no_number_is_cut_off_in_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    command = "plan adventurer_tiny_patch16_224 --gpu a100 --depth 2 --img-size 32 --patch-sizes 16 4 --embed-dim 192"
+    monkeypatch.setattr(cli, "_out", Console(soft_wrap=True))
+    assert main(command.split()) == 0
+    out = capsys.readouterr().out
+    assert "attention" in out
+    assert "…" not in out
+
+
+def test_a_width_of_any_number_of_heads_has_a_counterpart():
+    rows = plan(
+        Options("adventurer_tiny_patch16_224", img_size=32, patch_sizes=(16,), embed_dim=224, depth=1, gpu="a100")
+    )
+    assert {row.family for row in rows} == {"scan", "attention"}
 
 
 def test_the_command(tmp_path, capsys):

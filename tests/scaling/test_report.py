@@ -90,7 +90,19 @@ def test_the_page_says_that_the_limit_is_not_determined(report, cell):
 @pytest.mark.parametrize("patches", [(8,), (8, 4)])
 def test_few_runs_make_a_page_too(report, cell, patches):
     page, _ = report([cell(patch) for patch in patches])
-    assert ("No law can be fitted" if len(patches) > 1 else "hold no two patch sizes") in page
+    assert ("No law can be fitted" if len(patches) > 1 else "no models here that differ in their patch size") in page
+
+
+def test_a_swept_field_of_the_recipe_leaves_the_law(report, study):
+    """Runs at two learning rates are two laws."""
+    page, _ = report([replace(c, control=f"scale, lr {lr}") for c in study for lr in (0.001, 0.002)])
+    assert page.count("data-verdict=holds") == 2
+
+
+def test_a_confidence_that_is_no_share_is_refused(study, tmp_path):
+    write_results(tmp_path / "results.jsonl", study)
+    with pytest.raises(UserError, match="confidence is 2, expected between 0 and 1"):
+        write_report(tmp_path / "results.jsonl", tmp_path / "report.html", 2)
 
 
 def test_controls_are_set_beside_the_patch(report, study):

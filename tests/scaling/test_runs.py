@@ -100,6 +100,11 @@ def test_at_equal_flops_the_dearest_run_keeps_its_epochs():
     assert max(costs) / min(costs) < 1.2
 
 
+def test_at_equal_flops_fewer_images_are_seen_more_often():
+    study = make_study({"hold": "flops", "all": TINY | {"limit_train": [64, 640], "epochs": 2}}, "s")
+    assert [run.stages["train"].epochs for run in study.runs] == [20, 2]
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([32, 64]), st.integers(1, 3))
 def test_flops_are_those_of_the_counter_on_real_tensors(patch_size, width, depth):

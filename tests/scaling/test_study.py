@@ -118,15 +118,28 @@ def test_the_law_of_a_series_and_its_outlook(cell, main):
     assert [score.x for score in scores] == [2, 1]
     assert all(abs(score.predicted - score.found) < 1 for score in scores)
     shorter = find_series(group_cells([cell(p, s) for p in (16, 8, 4, 2) for s in range(3)]))[0]
-    assert "going to 1 takes 4 times the tokens and is expected to buy 1.4 points" in outlook(shorter, 1)
+    assert "going to 1 takes 4 times the tokens and is expected to buy 1.4 points" in outlook(shorter)
+
+
+def test_the_outlook_names_a_patch_that_divides_the_image(cell):
+    cells = [replace(cell(p, s), img_size=28) for p in (28, 14, 7) for s in range(3)]
+    assert "going to 1 takes 49 times the tokens" in outlook(find_series(group_cells(cells))[0])
+
+
+def test_width_is_not_compared_with_fewer_blocks(cell):
+    cells = [cell(p, s) for p in (8, 4) for s in range(3)]
+    cells += [replace(cell(8, s, width=256), depth=1) for s in range(3)]
+    groups = group_cells(cells)
+    (step,) = steps(next(series for series in find_series(groups) if len(series.patches) > 1), groups)
+    assert step.width == "is not known: nothing larger was run at patch 8"
 
 
 def test_no_outlook_where_the_law_fails(cell):
     cells = [cell(p, s) for p in (16, 8, 4, 2) for s in range(3)]
     worse = [replace(c, top1=c.top1 - 10 * (c.patch_size == 2)) for c in cells]
-    assert "the law does not hold" in outlook(find_series(group_cells(worse))[0], 1)
+    assert "the law does not hold" in outlook(find_series(group_cells(worse))[0])
     perfect = [replace(c, top1=100.0) for c in cells]
-    assert "nothing can be said of it: losses: entry 0 is 0" in outlook(find_series(group_cells(perfect))[0], 1)
+    assert "nothing can be said of it: losses: entry 0 is 0" in outlook(find_series(group_cells(perfect))[0])
 
 
 def test_a_patch_run_in_two_ways_is_refused(cell):

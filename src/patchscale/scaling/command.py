@@ -21,6 +21,7 @@ from patchscale.scaling.study import (
     find_series,
     fit_series,
     group_cells,
+    is_of_patch_sizes,
     outlook,
     pareto,
     score_series,
@@ -38,10 +39,10 @@ def fit(
         _print_published(console)
         return
     groups = group_cells(read_results(Path(results)))
-    found = [series for series in find_series(groups) if series.first.control == "scale" and len(series.patches) > 1]
+    found = [series for series in find_series(groups) if is_of_patch_sizes(series)]
     if not found:
         raise UserError(
-            f"{results} has no runs that differ in their patch size alone; the law needs 3 sizes or more. "
+            f"{results} has no models that differ in their patch size alone; the law needs 3 sizes or more. "
             f"What it has is compared by: patchscale report {results} --out report.html"
         )
     if coarse and all(len(series.patches) < 4 for series in found):
@@ -55,8 +56,7 @@ def fit(
         for step in steps(series, groups, confidence):
             console.print(str(step), highlight=False)
         if len(series.patches) > 2 and series.patches[-1] > 1:
-            patch = max(series.patches[-1] // 2, 1)
-            console.print(outlook(series, patch, confidence), highlight=False)
+            console.print(outlook(series, confidence), highlight=False)
     for data in dict.fromkeys(group.first.data for group in groups):
         console.print(_frontier_table(data, [group for group in groups if group.first.data == data]))
 

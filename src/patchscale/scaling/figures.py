@@ -229,7 +229,10 @@ def by_tokens(every: Sequence[Series], confidence: float) -> Callable[[Palette],
             half = np.nan_to_num([group.top1.half_width(confidence) for group in series.groups])
             values = [group.top1.value for group in series.groups]
             axes.errorbar(x, values, half, color=colour, fmt="o-", **_MARKS)
-            ends.append((float(x[-1]), values[-1], series.first.control, colour))
+            name = series.first.control
+            if [other.first.control for other in every].count(name) > 1:
+                name = f"{name}, {series.first.family}"
+            ends.append((float(x[-1]), values[-1], name, colour))
         axes.xaxis.set_major_locator(FixedLocator(sorted({g.first.tokens for s in every for g in s.groups})))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())

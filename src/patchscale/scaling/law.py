@@ -156,9 +156,9 @@ def fit_law(
 ) -> LawFit:
     """Fit L(x) = L_inf + A x^alpha, with L_inf >= 0 and A >= 0, to runs at three or more places.
 
-    Least squares over all runs. A run far from the others of its patch (more than 5 standard deviations) is drawn in,
-    so that one diverged seed cannot bend the law; a patch as a whole never is, since a patch that departs from the law
-    is a finding.
+    Least squares over all runs. A run far from the others of its patch (more than 5 standard deviations), which are
+    near one another, is drawn in, so that one diverged seed of three or more cannot bend the law; a patch as a whole
+    never is, since a patch that departs from the law is a finding.
 
     Intervals are percentiles of refits to the fitted curve plus resampled residuals. Each refit's residuals are scaled
     by a draw of what the true spread may be given so few runs (chi-squared), without which intervals of 5 to 15 runs
@@ -306,18 +306,25 @@ def _checked(
 def _draw_in(places: Array, losses: Array) -> tuple[Array, tuple[int, ...]]:
     """Losses with runs far off the others of their patch moved nearer, and which.
 
-    The standard deviation is the median distance of two runs of a patch, over that of two normal draws.
+    The standard deviation is the median distance of two runs of a patch, over that of two normal draws. Only a run that
+    is alone is drawn in: the others of its patch, two at least, are near one another. Two runs that differ accuse each
+    other, and where all differ, the patch scatters more than its fellows.
     """
-    gaps, medians = [], np.empty_like(losses)
+    gaps = []
     for p in set(places):
         here = losses[places == p]
-        medians[places == p] = np.median(here)
         gaps += np.abs(here[:, None] - here)[np.triu_indices(len(here), 1)].tolist()
     if not gaps or not np.median(gaps) > 0:
         return losses, ()
     furthest = _CLIP * float(np.median(gaps)) / (math.sqrt(2) * stats.norm.ppf(0.75))
-    off = losses - medians
-    return medians + np.clip(off, -furthest, furthest), tuple(np.flatnonzero(np.abs(off) > furthest).tolist())
+    used, alone = losses.copy(), []
+    for run, (p, loss) in enumerate(zip(places, losses, strict=True)):
+        others = np.delete(losses, run)[np.delete(places, run) == p]
+        off = loss - np.median(losses[places == p])
+        if len(others) > 1 and abs(off) > furthest and np.ptp(others) <= furthest:
+            used[run] = loss - off + math.copysign(furthest, off)
+            alone.append(run)
+    return used, tuple(alone)
 
 
 class _Fit(NamedTuple):
@@ -539,6 +546,8 @@ def _judge(
         return "fails", f"The law does not hold: {why}.{rise}"
     low, high = law.intervals["L_inf"]
     reasons = []
+    if law.L_inf > min(means):
+        reasons.append(f"the fitted one, {law.L_inf:.4g}, is above the lowest loss found, {min(means):.4g}")
     if math.isnan(low):
         reasons.append("there are as many constants as runs, and nothing tells how far one run scatters")
     else:

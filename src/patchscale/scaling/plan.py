@@ -182,8 +182,8 @@ def _counterpart(asked: Subject, options: Options) -> Subject:
 
 
 def _heads(embed_dim: int) -> int:
-    """DeiT's heads have 64 channels (arXiv 2012.12877, table 1)."""
-    return max(1, embed_dim // 64)
+    """DeiT's heads have 64 channels (arXiv 2012.12877, table 1); where the width cannot be shared so, larger ones."""
+    return next(heads for heads in range(max(1, embed_dim // 64), 0, -1) if embed_dim % heads == 0)
 
 
 def plan(options: Options, note: Callable[[str], None] = lambda text: None) -> list[Row]:

@@ -14,9 +14,6 @@ from patchscale.scaling.figures import Palette, amount, draw
 from patchscale.scaling.plan import SPARE, Fit, Options, Row, crossovers, find_gpu, fit_memory, plan, read_memory
 from patchscale.train.cost import RECOMPUTE, Recompute
 
-# Characters that the table needs.
-PLAN_WIDTH = 96
-
 
 def show_plan(options: Options, print_: Callable[[Any], None], note: Callable[[str], None] = lambda text: None) -> None:
     """Make a plan, print it, and draw it where a file is named.

@@ -28,6 +28,7 @@ from patchscale.scaling.study import (
     find_series,
     fit_series,
     group_cells,
+    is_of_patch_sizes,
     outlook,
     pareto,
     score_series,
@@ -52,8 +53,10 @@ def write_report(results: Path, out: Path, confidence: float = 0.9, data: str | 
         The files written, the page first.
 
     Raises:
-        UserError: the results cannot be read, or the page not be written.
+        UserError: the results cannot be read, or the page not be written; the confidence is no share.
     """
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence is {confidence}, expected between 0 and 1, such as 0.9")
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"cannot write the report to {out}: expected a name that ends in .html")
     cells = read_results(results)
@@ -61,12 +64,12 @@ def write_report(results: Path, out: Path, confidence: float = 0.9, data: str | 
     every = find_series(groups)
     pictures: list[figures.Picture] = []
     sections = [_samples(every[0], data)]
-    laws = [series for series in every if series.first.control == "scale" and len(series.patches) > 1]
+    laws = [series for series in every if is_of_patch_sizes(series)]
     body = [_head(cells)]
     for number, series in enumerate(laws):
         body.append(_series_section(series, laws, groups, number, confidence, pictures))
     if not laws:
-        body.append(_section("Patch sizes", "<p>These runs hold no two patch sizes with all else equal.</p>"))
+        body.append(_section("Patch sizes", "<p>There are no models here that differ in their patch size alone.</p>"))
     body += [_cost_section(groups, confidence), _frontier_section(groups, confidence, pictures)]
     body += [_controls_section(every, confidence, pictures), *sections]
     body += [_settings_section(cells), _data_section(cells, results), _published_section(cells)]
@@ -129,7 +132,7 @@ def _series_section(
     share, tag = f"{confidence:.0%}", f"_{number + 1}" if number else ""
     said = "".join(f"<li>{html.escape(str(step))}</li>" for step in steps(series, groups, confidence))
     if series.patches[-1] > 1 and len(series.patches) >= 3:
-        said += f"<li>{html.escape(outlook(series, max(series.patches[-1] // 2, 1), confidence))}</li>"
+        said += f"<li>{html.escape(outlook(series, confidence))}</li>"
     try:
         fit = fit_series(series, "loss", "patch", confidence)
         gist, mark, why = re.split(r"(:| \()", html.escape(fit.words).replace("L_inf", "L<sub>∞</sub>"), maxsplit=1)
@@ -291,14 +294,13 @@ def _frontier_section(groups: Sequence[Group], confidence: float, pictures: list
 
 
 def _controls_section(every: Sequence[Series], confidence: float, pictures: list[figures.Picture]) -> str:
-    controls = [series for series in every if series.first.control != "scale"]
+    controls = [series for series in every if not is_of_patch_sizes(series)]
     if not any(len(series.groups) > 1 for series in controls):
         return ""  # single points are on the frontier's figure
-    base = next((series for series in every if series.first.control == "scale"), None)
-    shown = ([base] if base else []) + controls
+    base = [series for series in every if is_of_patch_sizes(series)][:1]
     alt = "Top-1 accuracy over tokens, for finer patches and for controls"
-    picture = figures.draw("controls", alt, figures.by_tokens(shown[: figures.SERIES_COLOURS], confidence))
-    caption = "scale: finer patches of the same image; the others are the study's controls."
+    picture = figures.draw("controls", alt, figures.by_tokens((base + controls)[: figures.SERIES_COLOURS], confidence))
+    caption = "scale: finer patches of the same image; the others are the study's controls." if base else ""
     return _section("Is it the patch, or the tokens?", _figure(picture, caption, pictures))
 
 
@@ -315,19 +317,20 @@ def _samples(series: Series, data: str | None) -> str:
         words = f"No images are shown: {e}. Give their place with --data."
         return _section("What a token sees", f"<p>{html.escape(words)}</p>")
     drawn = "".join(
-        _cut(image.convert("L" if source.channels == 1 else "RGB"), cell.img_size, group)
+        _cut(image.convert("L" if source.channels == 1 else "RGB"), group)
         for image in images
         for group in series.groups
     )
     columns = len(series.groups)
-    note = f"Each square is one token. Images of {html.escape(name)}, at {cell.img_size} px."
+    sizes = " and ".join(str(size) for size in dict.fromkeys(group.first.img_size for group in series.groups))
+    note = f"Each square is one patch. Images of {html.escape(name)}, at {sizes} px."
     return _section(
         "What a token sees", f'<div class=samples style="--columns: {columns}">{drawn}</div><p class=note>{note}</p>'
     )
 
 
-def _cut(image: Image.Image, img_size: int, group: Group) -> str:
-    side = min(image.size)
+def _cut(image: Image.Image, group: Group) -> str:
+    side, img_size = min(image.size), group.first.img_size
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side)).resize((img_size, img_size), Image.Resampling.BICUBIC)
     patch = group.first.patch_size
@@ -339,6 +342,8 @@ def _cut(image: Image.Image, img_size: int, group: Group) -> str:
     lines = "".join(f"M{i} 0V{kept}M0 {i}H{kept}" for i in range(patch, kept, patch))
     width = min(0.03 * kept, 0.22 * patch)
     tokens = f"{group.first.tokens:,} token{'s' if group.first.tokens > 1 else ''}"
+    if group.first.tokens > (img_size // patch) ** 2:
+        tokens += ", interpolated"
     words = f"patch {patch}{'' if kept == img_size else ', the middle'}<small>{tokens}</small>"
     alt = f"an image cut into patches of {patch} pixels a side"
     return (

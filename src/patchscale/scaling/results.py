@@ -20,6 +20,10 @@ from patchscale.files import make_folder, write_atomically
 FILE = "results.jsonl"
 
 
+# The control of models that differ in the size of their patches, of one image.
+CONTROL = "scale"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One finished run of a study. Sizes in pixels a side."""

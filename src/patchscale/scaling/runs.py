@@ -34,13 +34,13 @@ from torch import nn
 
 from patchscale.data.sources import Source, open_source
 from patchscale.errors import UserError, first_line
+from patchscale.scaling.results import CONTROL
 from patchscale.train.build import create_model, model_arguments, trained_module
 from patchscale.train.recipe import Recipe, fits
 from patchscale.train.speed import count_flops
 from patchscale.train.stages import read_recipe_file
 
 Hold = Literal["epochs", "flops"]
-CONTROL = "scale"
 SINGLE_STAGE = "train"
 
 # What an arm has beside a recipe's fields.
@@ -185,13 +185,17 @@ def _same_flops(runs: list[Run]) -> list[Run]:
     if any(len(run.stages) > 1 for run in runs):
         raise UserError('hold = "flops" is for runs of one stage')
     recipes = [next(iter(run.stages.values())) for run in runs]
-    costs = [planned_flops(recipe)[1] * recipe.epochs for recipe in recipes]
+    costs = [planned_flops(recipe)[1] * recipe.epochs * _images_an_epoch(recipe) for recipe in recipes]
     most = max(costs)
     return [
         replace(run, stages={stage: replace(recipe, epochs=max(1, round(recipe.epochs * most / cost)))})
         for run, cost in zip(runs, costs, strict=True)
         for stage, recipe in run.stages.items()
     ]
+
+
+def _images_an_epoch(recipe: Recipe) -> int:
+    return len(open_source(recipe.data, "train", recipe.limit_train))
 
 
 def planned_flops(recipe: Recipe) -> tuple[int, int]:

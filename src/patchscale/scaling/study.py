@@ -12,7 +12,7 @@ from scipy import stats
 
 from patchscale.errors import UserError
 from patchscale.scaling.law import Axis, LawFit, Scored, fit_law, score_coarse_to_fine
-from patchscale.scaling.results import Cell
+from patchscale.scaling.results import CONTROL, Cell
 
 Quantity = Literal["loss", "error"]
 UNITS: dict[str, str] = {"loss": "test loss (nats)", "error": "top-1 error (%)"}
@@ -217,16 +217,22 @@ class Step:
         one, other = self.start.first.patch_size, self.end.first.patch_size
         times = self.gain.times
         cost = (
-            f"costs {times:.1f} times"
+            f"costs {times:.1f} times the"
             if times > 1.05
-            else "takes the same"
+            else "takes as much"
             if times > 0.95
-            else f"takes {times:.2f} of"
+            else f"takes {times:.2f} of the"
         )
-        words = f"From patch {one}, going to {other} {cost} the training compute and {self.gain}"
+        words = f"From patch {one}, going to {other} {cost} training compute and {self.gain}"
         if isinstance(self.width, str) and self.width == self.resolution:
             return f"{words}; what width or resolution does for the same compute {self.width}."
         return f"{words}; the same compute spent on width {self.width}, on resolution {self.resolution}."
+
+
+def is_of_patch_sizes(series: Series) -> bool:
+    """Whether models differ in the size of their patches, of one image, and in nothing else."""
+    control = series.first.control
+    return len(series.patches) > 1 and (control == CONTROL or control.startswith(f"{CONTROL}, "))
 
 
 def steps(series: Series, groups: Sequence[Group], confidence: float = 0.9) -> list[Step]:
@@ -268,6 +274,7 @@ def _instead(
         if group is not start
         and all(getattr(group.first, name) == getattr(cell, name) for name in fixed)
         and getattr(group.first, free[0]) > getattr(cell, free[0])
+        and all(getattr(group.first, name) >= getattr(cell, name) for name in free)
     ]
     if cell.held == "flops":
         return "is not a question here, where all trainings take the same"
@@ -301,9 +308,13 @@ def _gain(weights: dict[Group, float], times: float, confidence: float) -> Gain:
     return Gain(points, math.sqrt(variance) * float(stats.t.ppf((1 + confidence) / 2, welch)), times)
 
 
-def outlook(series: Series, patch: int, confidence: float = 0.9) -> str:
-    """What a patch finer than any that was run is expected to buy, by the law of top-1 error over patch size."""
-    finest = series.patches[-1]
+def outlook(series: Series, confidence: float = 0.9) -> str:
+    """What the next patch, finer than any that was run, is expected to buy, by the law of top-1 error over patch size.
+
+    That is half of the finest, or the next size below that divides the image.
+    """
+    finest, first = series.patches[-1], series.first
+    patch = next(size for size in range(max(finest // 2, 1), 0, -1) if first.img_size % size == 0)
     try:
         fit = fit_series(series, "error", "patch", confidence)
     except UserError as e:
@@ -314,6 +325,6 @@ def outlook(series: Series, patch: int, confidence: float = 0.9) -> str:
     interval = "no interval" if math.isnan(low) else f"{confidence:.0%} interval {low:.1f} to {high:.1f}"
     unsure = "" if fit.verdict == "holds" else "; their limit is not determined, so read it with care"
     return (
-        f"From patch {finest}, going to {patch} takes {(finest / patch) ** 2:.0f} times the tokens and is expected to "
+        f"From patch {finest}, going to {patch} takes {(finest / patch) ** 2:.3g} times the tokens and is expected to "
         f"buy {value:.1f} points ({interval}), by the law of these accuracies{unsure}."
     )

@@ -202,12 +202,19 @@ def cells_of(study: Study, run: Run, folder: Path) -> list[Cell]:
         val_images=last["scores"]["images"],
         ema_top1=row.get("ema_top1"),
         ema_val_loss=row.get("ema_val_loss"),
-        settings=recipe.to_dict(),
+        settings=_settings(run),
     )
     if not recipe.patch_sizes:
         return [cell]
     at_each = zip(score_by_patch(recipe, folders[-1]), _flops_by_patch(last), strict=True)
     return [replace(cell, flops_forward=forward, **scores) for scores, (forward, _) in at_each]
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Of the last stage, and in which fields each earlier one differs from it."""
+    *earlier, last = ((name, recipe.to_dict()) for name, recipe in run.stages.items())
+    differ = {name: {k: v for k, v in each.items() if v != last[1][k]} for name, each in earlier}
+    return last[1] | ({"earlier_stages": differ} if differ else {})
 
 
 def score_by_patch(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
