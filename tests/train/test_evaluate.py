@@ -110,3 +110,12 @@ def test_patch_sizes_that_do_not_go_are_refused(recipe):
     folder = train(recipe(epochs=1)).folder
     with pytest.raises(UserError, match="8x8 is not a whole number of 3x3 patches"):
         evaluate(str(folder), patch_sizes=(4, 3))
+
+
+@pytest.mark.parametrize("model", ["adventurer_tiny_patch4", "pixel_transformer_tiny_patch4_32"])
+def test_a_run_with_interpolated_tokens_is_evaluated_and_gone_on_from(recipe, tmp_path, model):
+    settings = {"model": model, "embed_dim": 96, "depth": 1, "epochs": 1, "limit_train": 64, "extend": 2}
+    run = train(recipe(**settings))
+    assert evaluate(str(run.folder)).scores.loss == pytest.approx(run.scores.loss, rel=1e-4)
+    again = train(recipe(**settings, weights=str(run.folder), lr=1e-9, output=tmp_path / "again"))
+    assert again.scores.loss == pytest.approx(run.scores.loss, rel=1e-3)

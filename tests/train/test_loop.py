@@ -183,6 +183,13 @@ def test_bfloat16_without_instructions_for_it_is_said_to_be_slow(recipe, monkeyp
     assert any("--precision 32-true" in note for note in observer.notes) != has_bfloat16
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_run_that_ends_in_its_warm_up_is_told(recipe, epochs):
+    observer = Notes()
+    train(recipe(epochs=epochs, warmup_epochs=2, limit_train=64), observer=observer)
+    assert any("never reaches its peak" in note for note in observer.notes) == (epochs == 1)
+
+
 def test_unreadable_images_are_left_out_on_request_and_said_once(recipe, broken_folder):
     observer = Notes()
     settings = {"data": f"folder:{broken_folder}", "limit_train": None, "global_batch": 2, "skip_unreadable": True}

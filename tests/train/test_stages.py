@@ -242,6 +242,12 @@ def test_a_wrong_last_stage_is_found_before_the_first_one_runs(three, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_last_stage_that_freezes_what_is_not_there_is_found_before_the_first_one_runs(three, tmp_path):
+    with pytest.raises(UserError, match=r"stage pixels: .*blocks"):
+        list(run_stages(three | {"pixels": replace(three["pixels"], freeze=("blocks.*",))}, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_of_ones_own_builds_on_another(tmp_path):
     (tmp_path / "mine.toml").write_text(
         'base = "adventurer_base_patch16"\nstages = ["finetune", "extra"]\n'

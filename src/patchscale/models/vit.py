@@ -73,7 +73,8 @@ class ViT(Backbone, VisionTransformer):  # type: ignore[misc]  # it takes a patc
         embed_dim, heads = kwargs.get("embed_dim", 768), kwargs.get("num_heads", 12)
         if embed_dim % heads:
             raise UserError(
-                f"embed_dim is {embed_dim}, which {heads} heads cannot share: give num_heads that divides it"
+                f"embed_dim is {embed_dim}, which {heads} heads cannot share: give a multiple of {heads}, or num_heads "
+                "that divides it"
             )
         check_positions(pos_embed, embed_dim)
         super().__init__(

@@ -53,7 +53,9 @@ class Checkpoint(NamedTuple):
                 if config.get("pos_grid") is not None:
                     rows, columns = to_2tuple(config["pos_grid"])
                     return rows, columns
-                return grid_size(config["img_size"], config["patch_size"])
+                rows, columns = grid_size(config["img_size"], config["patch_size"])
+                extend = int(config.get("extend", 1))
+                return rows * extend, columns * extend
             except (TypeError, ValueError) as e:
                 raise UserError(f"{self.path} records sizes that make no grid: {first_line(e)}") from e
         # The published code makes square images alone.

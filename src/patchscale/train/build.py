@@ -93,7 +93,7 @@ def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
     try:
         model = timm.create_model(name, **arguments)
     except (TypeError, AssertionError) as e:
-        raise UserError(f"{name} cannot be made with {arguments}: {e}") from e
+        raise UserError(f"{name} cannot be made with {arguments}: {first_line(e) or 'timm refuses them'}") from e
     if isinstance(model, Adventurer):
         arguments["flip"] = model.flip
     if isinstance(model, Backbone):

@@ -229,6 +229,11 @@ class _Run:
         self.folder: Path = processes.tell(run_folder(recipe, resume) if processes.is_first else None)
         if recipe.precision == "bf16-mixed" and emulates_bfloat16(self.device):
             observer.note("this processor has no instructions for bfloat16: --precision 32-true is faster here")
+        if (recipe.warmup_epochs or 0) >= recipe.epochs:
+            observer.note(
+                f"the learning rate never reaches its peak: it warms up for {recipe.warmup_epochs:g} epochs, and the "
+                f"run has {recipe.epochs}; --warmup-epochs 0 starts at the peak"
+            )
         state = self._state_to_go_on_from(resume, override)
         train_source, val_source = open_sources(recipe)
         if val_source.note:

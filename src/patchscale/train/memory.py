@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def images_that_fit(
         return images
     room = int(_SHARE * (memory_here() if memory is None else memory))
     finest = min(patch_sizes, default=model.patch_embed.patch_size)
-    rows, columns = grid_size(img_size, finest)
+    rows, columns = (side * model.patch_embed.extend for side in grid_size(img_size, finest))
     if images * rows * columns * model.embed_dim * len(model.feature_info) * _MOST_BYTES < room:
         return images
     if patch_sizes:
@@ -90,7 +91,9 @@ def largest_batch(peak_of: Callable[[int], int], room: int, known: tuple[int, in
 
 
 def memory_here() -> int:
-    """Bytes that this machine has, or that its container may use."""
+    """Bytes that this machine has, or that its container may use; without limit where Python cannot tell (Windows)."""
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:

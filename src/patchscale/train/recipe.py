@@ -224,8 +224,8 @@ class Recipe:
             raise UserError(f"--ema-decay is {self.ema_decay}, expected between 0 and 1")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise UserError(f"--clip-grad is {self.clip_grad}, expected more than 0; leave it out for none")
-        if self.decode == "device" and (self.auto_augment or self.simple_random_crop):
-            raise UserError("--auto-augment and --simple-random-crop need --decode workers")
+        if self.decode == "device" and (self.auto_augment or self.simple_random_crop or self.grayscale):
+            raise UserError("--auto-augment, --simple-random-crop and --grayscale need --decode workers")
         if self.keep_products and not self.grad_checkpointing:
             raise UserError("--keep-products is a way of --grad-checkpointing: give both")
         if not self.save_minutes >= 0:

@@ -26,6 +26,7 @@ from patchscale.errors import UserError, first_line
 from patchscale.train.build import create_model, size_arguments, trained_module
 from patchscale.train.checkpoint import LAST, read_training_state
 from patchscale.train.loop import Observer, Result, train
+from patchscale.train.optimiser import freeze
 from patchscale.train.recipe import Recipe
 
 # Inside the installed package, or beside it in the repository.
@@ -186,7 +187,9 @@ def _check(stage: str, recipe: Recipe) -> None:
     """Make the stage's model without memory, to find out before the first stage what is wrong with the last."""
     try:
         with torch.device("meta"):
-            trained_module(recipe, create_model(recipe.model, size_arguments(recipe)))
+            positions = {} if recipe.pos_embed is None else {"pos_embed": recipe.pos_embed}
+            module = trained_module(recipe, create_model(recipe.model, size_arguments(recipe) | positions))
+        freeze(module, recipe.freeze)
     except UserError as e:
         raise UserError(f"stage {stage}: {e}") from e
 
