@@ -24,7 +24,6 @@ from rich.table import Table
 from patchscale.bench.measure import hand_back_freed_memory, isolated, peak_memory, preload
 from patchscale.bench.report import describe_machine
 from patchscale.files import make_folder, write_atomically
-from patchscale.train.cost import Recompute
 from patchscale.scaling.plan import (
     Options,
     Subject,
@@ -36,6 +35,7 @@ from patchscale.scaling.plan import (
     training_step,
 )
 from patchscale.train.build import recompute_blocks
+from patchscale.train.cost import Recompute
 from patchscale.train.device import keep_freed_memory
 
 TURNS = 2
