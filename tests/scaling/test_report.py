@@ -96,7 +96,7 @@ def test_few_runs_make_a_page_too(report, cell, patches):
 def test_a_swept_field_of_the_recipe_leaves_the_law(report, study):
     """Runs at two learning rates are two laws."""
     page, _ = report([replace(c, control=f"scale, lr {lr}") for c in study for lr in (0.001, 0.002)])
-    assert page.count("data-verdict=holds") == 2
+    assert page.count(" data-verdict=holds") == 2
 
 
 def test_a_confidence_that_is_no_share_is_refused(study, tmp_path):

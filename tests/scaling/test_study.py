@@ -123,7 +123,7 @@ def test_the_law_of_a_series_and_its_outlook(cell, main):
 
 def test_the_outlook_names_a_patch_that_divides_the_image(cell):
     cells = [replace(cell(p, s), img_size=28) for p in (28, 14, 7) for s in range(3)]
-    assert "going to 1 takes 49 times the tokens" in outlook(find_series(group_cells(cells))[0])
+    assert "going to 2 takes 12.2 times the tokens" in outlook(find_series(group_cells(cells))[0])
 
 
 def test_width_is_not_compared_with_fewer_blocks(cell):
