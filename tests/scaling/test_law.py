@@ -81,6 +81,10 @@ def test_one_diverged_seed_does_not_bend_the_law():
     assert after.predict(1).value == pytest.approx(before.predict(1).value, abs=0.01)
 
 
+def test_the_best_form_of_five_single_runs_predicts_the_finest():
+    assert fit_law(PATCHES, L_INF + A * np.asarray(PATCHES, float)).best.name == "law"  # AICc takes more runs
+
+
 def test_two_seeds_that_differ_are_both_believed():
     """Which of them diverged is not known."""
     patch = np.repeat(PATCHES, 2)

@@ -231,3 +231,8 @@ def test_a_patch_that_does_not_divide_is_refused():
 def test_a_timm_model_cannot_keep_products():
     with pytest.raises(UserError, match="keep-products is for models of this library"):
         training_cost(make(TIMMS, patch_size=8), (32, 32), 1, recompute="all but products")
+
+
+def test_gpus_for_graphics_are_slow_in_float64():
+    assert GPUS["l4"].flops[torch.float64] == pytest.approx(30.3e12 / 64)
+    assert GPUS["a100"].flops[torch.float64] == pytest.approx(9.7e12, rel=0.01)

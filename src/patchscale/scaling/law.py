@@ -137,8 +137,11 @@ class LawFit:
 
     @property
     def best(self) -> Form:
-        """The form that Akaike's criterion favours."""
-        return min(self.forms.values(), key=lambda form: form.aicc)
+        """The form that Akaike's criterion favours; with too few runs for it, the best at predicting the finest patch."""
+        forms = list(self.forms.values())
+        if all(math.isfinite(form.aicc) for form in forms):
+            return min(forms, key=lambda form: form.aicc)
+        return min(forms, key=lambda form: math.inf if form.held_out is None else abs(form.held_out))
 
     def predict(self, x: ArrayLike, runs: int | None = None) -> Prediction:
         """See :meth:`Form.predict`; by the law, whose intervals widen by themselves where L_inf is not determined."""

@@ -64,8 +64,9 @@ class Machine:
     """Seconds that calling an operator takes, however little it does."""
 
 
-def _gpu(name: str, half: float, single: float, bandwidth: float) -> Machine:
-    tera = {torch.float16: half, torch.bfloat16: half, torch.float32: single, torch.float64: single / 2}
+def _gpu(name: str, half: float, single: float, bandwidth: float, double: float = 1 / 2) -> Machine:
+    """double: float64's share of float32's rate; of 128 lanes of an Ada multiprocessor, two (its whitepaper)."""
+    tera = {torch.float16: half, torch.bfloat16: half, torch.float32: single, torch.float64: single * double}
     return Machine(name, {dtype: 1e12 * flops for dtype, flops in tera.items()}, 1e9 * bandwidth)
 
 
@@ -82,11 +83,11 @@ GPUS: dict[str, Machine] = {
     # NVIDIA DGX B200 datasheet, an eighth of it: 2,250 (4,500 sparse), 75; 8,000.
     "b200": _gpu("B200 SXM 180 GB", 2250, 75, 8000),
     # NVIDIA L40S datasheet: 362.05 (733 sparse), 91.6; 864.
-    "l40s": _gpu("L40S 48 GB", 362.05, 91.6, 864),
+    "l40s": _gpu("L40S 48 GB", 362.05, 91.6, 864, double=1 / 64),
     # NVIDIA L4 datasheet: 121 (242 sparse), 30.3; 300.
-    "l4": _gpu("L4 24 GB", 121, 30.3, 300),
+    "l4": _gpu("L4 24 GB", 121, 30.3, 300, double=1 / 64),
     # NVIDIA Ada GPU architecture whitepaper, appendix A: 165.2 (330.4 sparse), 82.6; 1,008.
-    "rtx4090": _gpu("GeForce RTX 4090 24 GB", 165.2, 82.6, 1008),
+    "rtx4090": _gpu("GeForce RTX 4090 24 GB", 165.2, 82.6, 1008, double=1 / 64),
 }
 
 
