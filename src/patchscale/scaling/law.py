@@ -137,7 +137,7 @@ class LawFit:
 
     @property
     def best(self) -> Form:
-        """The form that Akaike's criterion favours; with too few runs for it, the best at the finest patch, held out."""
+        """The form that Akaike's criterion favours; with too few runs for it, the best predictor of the finest."""
         forms = list(self.forms.values())
         if all(math.isfinite(form.aicc) for form in forms):
             return min(forms, key=lambda form: form.aicc)
