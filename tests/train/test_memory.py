@@ -7,6 +7,7 @@ from patchscale.models import Adventurer, ViT
 from patchscale.train.cost import training_cost
 from patchscale.train.loop import Observer, train
 from patchscale.train.memory import images_that_fit, memory_here
+from patchscale.train.optimiser import freeze
 
 GIB = 2**30
 
@@ -29,6 +30,15 @@ def test_recomputed_blocks_leave_room_for_more_images():
     all_kept = images_that_fit(model, (32, 32), 4096, "32-true", (), GIB)
     model.set_grad_checkpointing()
     assert images_that_fit(model, (32, 32), 4096, "32-true", (), GIB) > 2 * all_kept
+
+
+@pytest.mark.parametrize("family", [Adventurer, ViT])
+def test_a_linear_probe_leaves_room_for_more_images(family):
+    """Nothing is kept for the backward pass of what is frozen."""
+    model = family(32, 2, embed_dim=64, depth=6, **({"num_heads": 4} if family is ViT else {}))
+    trained = images_that_fit(model, (32, 32), 4096, "32-true", (), GIB)
+    freeze(model, ("[!h]*",))
+    assert images_that_fit(model, (32, 32), 4096, "32-true", (), GIB) > 2 * trained
 
 
 def test_one_image_is_tried_whatever_it_takes():

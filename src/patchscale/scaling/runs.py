@@ -19,6 +19,7 @@ A study file is TOML::
     recipe = "digits_three_stage"   # runs of several stages; ``all`` changes each
 """
 
+import functools
 import itertools
 import json
 import re
@@ -185,7 +186,7 @@ def _same_flops(runs: list[Run]) -> list[Run]:
     if any(len(run.stages) > 1 for run in runs):
         raise UserError('hold = "flops" is for runs of one stage')
     recipes = [next(iter(run.stages.values())) for run in runs]
-    costs = [planned_flops(recipe)[1] * recipe.epochs * _images_an_epoch(recipe) for recipe in recipes]
+    costs = [planned_flops(recipe)[1] * recipe.epochs * _images(recipe.data, recipe.limit_train) for recipe in recipes]
     most = max(costs)
     return [
         replace(run, stages={stage: replace(recipe, epochs=max(1, round(recipe.epochs * most / cost)))})
@@ -194,8 +195,10 @@ def _same_flops(runs: list[Run]) -> list[Run]:
     ]
 
 
-def _images_an_epoch(recipe: Recipe) -> int:
-    return len(open_source(recipe.data, "train", recipe.limit_train))
+@functools.cache
+def _images(data: str, limit: int | None) -> int:
+    """Of an epoch; a large folder takes a while to list."""
+    return len(open_source(data, "train", limit))
 
 
 def planned_flops(recipe: Recipe) -> tuple[int, int]:

@@ -230,9 +230,12 @@ def _when_last_is_done(model: nn.Module, call: Callable[[], None]) -> Iterator[N
     if blocks is None or len(blocks) < 2:
         yield
         return
-    handle = blocks[-2].register_forward_hook(
-        lambda module, given, out: out.register_hook(lambda grad: call()) and None
-    )
+
+    def tell(module: nn.Module, given: Any, out: Tensor) -> None:
+        if out.requires_grad:  # no gradient reaches what is frozen
+            out.register_hook(lambda grad: call())
+
+    handle = blocks[-2].register_forward_hook(tell)
     try:
         yield
     finally:

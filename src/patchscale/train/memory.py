@@ -92,9 +92,10 @@ def largest_batch(peak_of: Callable[[int], int], room: int, known: tuple[int, in
 
 def memory_here() -> int:
     """Bytes that this machine has, or that its container may use; without limit where Python cannot tell (Windows)."""
-    if not hasattr(os, "sysconf"):
+    try:
+        here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):
         return sys.maxsize
-    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             here = min(here, int(Path(limit).read_text()))
