@@ -110,6 +110,14 @@ def test_models_lists_every_family(capsys):
     assert "81.3" in capsys.readouterr().out
 
 
+def test_models_lists_names_without_an_image_size_where_they_are_asked_for(capsys):
+    assert main(["models", "*_base_patch16"]) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"{family}_base_patch16 +│ +197 │", out) for family in ("adventurer", "deit"))
+    assert main(["models", "*"]) == 0
+    assert not re.search(r"adventurer_base_patch16 ", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("model", ["deit_tiny_patch4", "pixel_transformer_tiny_patch1_32"])
 def test_a_vision_transformer_goes_through_every_command(model, tmp_path, capsys):
     import timm

@@ -438,7 +438,8 @@ def models(pattern: tyro.conf.Positional[str] = "*_224") -> None:
         column.justify = "right"
     for family in FAMILIES:
         for size, patch, img, name in family.names():
-            if name.endswith(f"_{img}") and fnmatch.fnmatch(name, pattern):
+            short = not name.endswith(f"_{img}")  # shown where it is asked for, and not beside the whole name
+            if fnmatch.fnmatch(name, pattern) and not (short and fnmatch.fnmatch(f"{name}_{img}", pattern)):
                 top1 = published_top1(name)
                 parameters = family.count(**family.sizes[size], patch_size=patch, img_size=img) / 1e6
                 tokens = (img // patch) ** 2 + 1

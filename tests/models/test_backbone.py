@@ -78,6 +78,12 @@ def test_gradients_at_another_patch_size_reach_the_stored_weights(make):
         assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("positions", ["learn", "sincos"])
+def test_a_position_grid_without_places_is_refused(make, positions):
+    with pytest.raises(UserError, match="pos_grid is 0, expected at least 1 row"):
+        make(pos_grid=0, pos_embed=positions)
+
+
 def test_a_patch_that_does_not_divide_the_image_is_refused_in_passing(make):
     with pytest.raises(UserError, match=r"32x32 is not a whole number of 5x5 patches.*30x30 or 35x35"):
         make()(image(), patch_size=5)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import adapt_input_conv
 
 from patchscale import UserError, convert, create_from_checkpoint, load_weights, read_checkpoint
-from patchscale.models import Adventurer
+from patchscale.models import Adventurer, ViT
 from patchscale.models.tokens import resize_patch_embed, resize_pos_embed
 from patchscale.models.weights import architecture_name, infer_model_args
 
@@ -94,6 +94,84 @@ def test_a_state_dict_alone_warns_of_nothing(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         load_weights(small(flip="pairs"), tmp_path / "bare.safetensors")
     assert not caplog.text
+
+
+def vit(name: str = "pixel_transformer_tiny_patch4_32", **arguments) -> ViT:
+    sizes = {"img_size": 16, "num_classes": 5, "embed_dim": 96, "depth": 1}
+    return timm.create_model(name, **sizes | arguments).eval()
+
+
+def save_run(model, path, **arguments):
+    """As a training run does: the state dict, the model's name and arguments."""
+    args = {"img_size": 16, "patch_size": 4, "num_classes": 5, "embed_dim": 96, "depth": 1} | arguments
+    name = model.pretrained_cfg["architecture"]
+    torch.save({"model": model.state_dict(), "model_name": name, "model_args": args}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({}, None),
+        ({"img_size": 32, "patch_size": 8}, None),
+        ({"name": "deit_tiny_patch4"}, "num_heads=12 (the model has 3)"),
+        ({"pos_embed": "none"}, "pos_embed='sincos' (the model has 'none')"),
+    ],
+)
+def test_heads_and_positions_that_are_not_the_files_are_told(other, told, tmp_path, caplog):
+    file = save_run(vit(pos_embed="sincos"), tmp_path / "run.pt", pos_embed="sincos")
+    with caplog.at_level(logging.WARNING):
+        load_weights(vit(**{"pos_embed": "sincos"} | other), file)
+    assert (told or "") in caplog.text
+    assert bool(caplog.text) == bool(told)
+
+
+def test_a_record_that_makes_no_model_hinders_nobody(tmp_path, caplog):
+    file = save_run(vit(), tmp_path / "run.pt", nonsense=1)
+    with caplog.at_level(logging.WARNING):
+        load_weights(vit(), file)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("name", ["pixel_transformer_tiny_patch4_32", "adventurer_tiny_patch4_64"])
+@pytest.mark.parametrize("sizes", [{"patch_size": 2}, {"img_size": 32}, {"img_size": 24, "patch_size": 6}])
+def test_fixed_positions_are_loaded_onto_the_map_that_set_input_size_keeps(name, sizes, tmp_path, assert_near):
+    trained = vit(name, pos_embed="sincos")
+    file = save_run(trained, tmp_path / "run.pt", pos_embed="sincos")
+    loaded = load_weights(vit(name, pos_embed="sincos", **sizes), file)
+    created = create_from_checkpoint(read_checkpoint(file), **sizes).eval()
+    trained.set_input_size(**sizes)
+    x = torch.randn(2, 3, *trained.patch_embed.img_size)
+    assert_near(loaded(x), trained(x), 1e-6)
+    assert_near(created(x), trained(x), 1e-6)
+    convert(file, tmp_path / "converted")
+    again = create_from_checkpoint(read_checkpoint(tmp_path / "converted"), **sizes).eval()
+    assert_near(again(x), trained(x), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["deit3_small_patch16_224", "deit_small_patch16_224", "vit_small_patch16_224"])
+def test_timms_state_dicts_give_timms_values(name, tmp_path, assert_near):
+    timms = timm.create_model(name, img_size=48, depth=2, num_classes=5).eval()
+    save_file(timms.state_dict(), tmp_path / "bare.safetensors")
+    own = create_from_checkpoint(read_checkpoint(tmp_path / "bare.safetensors")).eval()
+    x = torch.randn(2, 3, 48, 48)
+    assert_near(own(x), timms(x), 1e-5)
+
+
+def test_a_distilled_deit_is_refused_by_its_second_token(tmp_path):
+    distilled = timm.create_model("deit_tiny_distilled_patch16_224", depth=1)
+    save_file(distilled.state_dict(), tmp_path / "distilled.safetensors")
+    with pytest.raises(UserError, match="dist_token.*class token and no other"):
+        create_from_checkpoint(read_checkpoint(tmp_path / "distilled.safetensors"))
+
+
+def test_a_state_dict_that_may_be_either_familys_says_for_which_it_is_taken(tmp_path, caplog):
+    pixels = timm.create_model("pixel_transformer_tiny_patch1_32", img_size=4, depth=1, num_classes=5)
+    save_file(pixels.state_dict(), tmp_path / "bare.safetensors")
+    with caplog.at_level(logging.WARNING):
+        model = create_from_checkpoint(read_checkpoint(tmp_path / "bare.safetensors"))
+    assert model.blocks[0].attn.num_heads == 3
+    assert "pixel_transformer_tiny_patch1_32" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,20 @@ def test_gradients_reach_every_weight(kind):
 
 
 @both
+def test_layer_decay_leaves_the_encoders_last_norm_and_the_decoder_their_rate(kind):
+    from timm.optim import param_groups_layer_decay
+
+    model = made(kind)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    last_norm = {"vit": "backbone.norm.", "adventurer": "backbone.norm_f."}[kind]
+    full = {name for name, scale in scales.items() if scale == 1}
+    assert full == {name for name in scales if name.startswith((last_norm, "decoder."))}
+    assert min(scales.values()) == scales["backbone.patch_embed.proj.weight"] == 0.5**3
+
+
+@both
 def test_patches_are_painted_where_they_belong(kind):
     """Two hidden patches that trade places in the noise trade nothing: what is painted goes with the place."""
     model = made(kind).eval()

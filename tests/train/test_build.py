@@ -7,7 +7,7 @@ import torch
 
 from patchscale.data.transforms import Preprocessing
 from patchscale.errors import UserError
-from patchscale.train.build import check_model_name, create_model, make_teacher, run_folder
+from patchscale.train.build import check_model_name, create_model, make_teacher, prepare_folder
 from patchscale.train.loop import train
 from patchscale.train.recipe import Recipe
 
@@ -29,7 +29,7 @@ def test_arguments_that_a_model_does_not_take_are_refused():
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
-        run_folder(Recipe("m", "d", output=tmp_path / "file" / "run"), None)
+        prepare_folder(tmp_path / "file" / "run")
 
 
 def preprocessing(channels=3):

@@ -69,6 +69,18 @@ def test_a_recipe_chooses_how_tokens_know_their_place(recipe, positions):
     assert evaluate(str(result.folder)).scores == result.scores
 
 
+def test_fixed_positions_stay_on_their_map_when_the_patch_shrinks(recipe, tmp_path):
+    settings = {"model": "deit_tiny_patch4", "embed_dim": 24, "pos_embed": "sincos", "limit_train": 64}
+    coarse = train(recipe(**settings, epochs=1, output=tmp_path / "coarse"))
+    fine = recipe(**settings, weights=str(coarse.folder), patch_size=2, epochs=2, output=tmp_path / "fine")
+    with pytest.raises(KeyboardInterrupt):
+        train(fine, observer=Interrupt(after=1))
+    result = train(fine)
+    model = load_model(str(result.folder / "last.pt")).model
+    assert (model.patch_embed.grid_size, model.pos_grid) == ((4, 4), (2, 2))
+    assert evaluate(str(result.folder / "last.pt")).scores == result.scores
+
+
 def test_the_average_of_the_weights_is_evaluated_and_kept(recipe):
     result = train(recipe(ema_decay=0.9))
     found = evaluate(str(result.folder / "last.pt"), which="ema")
@@ -212,6 +224,7 @@ def test_unreadable_images_are_left_out_on_request_and_said_once(recipe, broken_
         ({"weights": "/no/such/file.pth"}, "no such weight file"),
     ],
 )
-def test_bad_recipes_are_refused_before_work_is_done(recipe, changes, message):
+def test_bad_recipes_are_refused_before_work_is_done(recipe, changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        train(recipe(**changes))
+        train(recipe(**changes, output=tmp_path / "refused"))
+    assert not (tmp_path / "refused").exists()

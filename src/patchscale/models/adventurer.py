@@ -109,7 +109,7 @@ class Adventurer(Backbone):
                 raise UserError(f"{name} is {value}, expected at least 1")
         check_choice("flip", flip, FLIP_RULES)
         check_choice("global_pool", global_pool, GLOBAL_POOLS)
-        check_positions(pos_embed, embed_dim)
+        check_positions(pos_embed, embed_dim, pos_grid)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
+from timm.layers import to_2tuple
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
@@ -262,8 +263,8 @@ def _positions_on(
     return torch.nn.functional.pad(fixed, (0, 0, before, after))  # other tokens stand nowhere
 
 
-def check_positions(pos_embed: str, embed_dim: int) -> None:
-    """Refuse positions that there are none of, or not at this width.
+def check_positions(pos_embed: str, embed_dim: int, pos_grid: Size | None) -> None:
+    """Refuse positions that there are none of, or not at this width, or on a grid without places.
 
     Raises:
         UserError: saying which.
@@ -271,6 +272,8 @@ def check_positions(pos_embed: str, embed_dim: int) -> None:
     check_choice("pos_embed", pos_embed, get_args(Positions))
     if pos_embed == "sincos" and embed_dim % 4:
         raise UserError(f"sin-cos positions need an embed_dim that is a multiple of 4, not {embed_dim}")
+    if pos_grid is not None and min(to_2tuple(pos_grid)) < 1:
+        raise UserError(f"pos_grid is {pos_grid}, expected at least 1 row and 1 column")
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:

@@ -55,7 +55,7 @@ class ViT(Backbone, VisionTransformer):  # type: ignore[misc]  # it takes a patc
         **kwargs: timm's: ``embed_dim``, ``depth``, ``num_heads``, ``num_classes``, ``global_pool``, ...
 
     Raises:
-        UserError: sizes that do not fit each other, or an unknown ``pos_embed``.
+        UserError: sizes that do not fit each other, an unknown ``pos_embed``, or a ``pos_grid`` without places.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ViT(Backbone, VisionTransformer):  # type: ignore[misc]  # it takes a patc
                 f"embed_dim is {embed_dim}, which {heads} heads cannot share: give a multiple of {heads}, or num_heads "
                 "that divides it"
             )
-        check_positions(pos_embed, embed_dim)
+        check_positions(pos_embed, embed_dim, pos_grid)
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,

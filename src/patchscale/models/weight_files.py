@@ -15,7 +15,7 @@ import safetensors
 import torch
 from timm.layers import to_2tuple
 from timm.models._hub import download_cached_file
-from timm.models._input import get_pretrained_grid_size
+from timm.models._input import get_pretrained_grid_size, update_model_args
 from torch import Tensor, nn
 
 from patchscale.errors import UserError, first_line
@@ -129,6 +129,10 @@ def fill(model: nn.Module, checkpoint: Checkpoint, strict: bool = True, resize: 
         )
         raise UserError(f"{checkpoint.path} does not fit the model: {problems[0]}{more}; {way_out}")
     model.load_state_dict(weights, strict=False)
+    if getattr(model, "positions", None) == "sincos" and checkpoint.grid is not None:
+        # Fixed positions are counted in the patches that the weights learned with, as set_input_size leaves them.
+        model.pos_grid = checkpoint.grid  # type: ignore[assignment]
+        update_model_args(model, pos_grid=checkpoint.grid)
     return resized
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 from pathlib import Path
@@ -9,19 +10,30 @@ from typing import Any
 
 import safetensors.torch
 import timm
+import torch
 from timm.layers import to_2tuple
-from timm.models import get_model_args
+from timm.models import VisionTransformer, get_model_args
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from patchscale.errors import UserError, first_line
 from patchscale.files import make_folder, write_atomically
 from patchscale.models.adventurer import Adventurer
+from patchscale.models.backbone import Backbone
 from patchscale.models.published import ADVENTURER, DEIT, PATCH_SIZES
 from patchscale.models.tokens import Resize, square_side
 from patchscale.models.weight_files import Checkpoint, Which, fill, read_checkpoint
 
 _logger = logging.getLogger(__name__)
+
+# Named here, so that no record can: a model that a file tells of is filled from this file and no other.
+_FROM_NOWHERE: dict[str, Any] = {
+    "pretrained": False,
+    "pretrained_cfg": None,
+    "pretrained_cfg_overlay": None,
+    "checkpoint_path": None,
+    "cache_dir": None,
+}
 
 
 def load_weights(
@@ -52,20 +64,53 @@ def load_weights(
     """
     checkpoint = read_checkpoint(source, which)
     fill(model, checkpoint, strict, resize)
-    warning = flip_warning(model, checkpoint)
+    warning = difference_warning(model, checkpoint)
     if warning:
         _logger.warning("%s", warning)
     return model
 
 
-def flip_warning(model: nn.Module, checkpoint: Checkpoint) -> str:
-    """What to tell a user whose weights were trained with another flip rule than the model has; "" if they were not."""
-    if not isinstance(model, Adventurer) or checkpoint.flip in (None, model.flip):
+def difference_warning(model: nn.Module, checkpoint: Checkpoint) -> str:
+    """What to tell a user whose weights fit the model by their shapes, and were trained as another; "" if they were not.
+
+    The flip rule, a ViT's heads and whether positions are fixed or absent leave no trace in a state dict. What the file
+    records of them is compared with the model.
+    """
+    trained = _untraced(_recorded_model(checkpoint)) | ({"flip": checkpoint.flip} if checkpoint.flip else {})
+    own = _untraced(model)
+    wanted = {name: value for name, value in trained.items() if own.get(name, value) != value}
+    if not wanted:
         return ""
-    return (
-        f"{checkpoint.path.name} goes with flip={checkpoint.flip!r}, the model has flip={model.flip!r}: create it with "
-        f"flip={checkpoint.flip!r}, or let `patchscale eval --flip auto` choose on labelled images"
-    )
+    texts = [f"{name}={value!r} (the model has {own[name]!r})" for name, value in wanted.items()]
+    way_out = "create the model with " + ", ".join(f"{name}={value!r}" for name, value in wanted.items())
+    if "flip" in wanted:
+        way_out += ", or let `patchscale eval --flip auto` choose on labelled images"
+    return f"{checkpoint.path.name} goes with {', '.join(texts)}: {way_out}"
+
+
+def _untraced(model: nn.Module | None) -> dict[str, Any]:
+    """Arguments of a model that its tensors do not tell."""
+    found: dict[str, Any] = {}
+    if isinstance(model, Adventurer):
+        found["flip"] = model.flip
+    if isinstance(model, VisionTransformer):
+        blocks: Any = model.blocks
+        found["num_heads"] = blocks[0].attn.num_heads
+    if isinstance(model, Backbone):
+        found["pos_embed"] = model.positions
+    return found
+
+
+def _recorded_model(checkpoint: Checkpoint) -> nn.Module | None:
+    """The model that a file says it belongs to, without memory for weights; None if it does not say or cannot be made."""
+    name, arguments = (checkpoint.extra.get(k) for k in ("model_name", "model_args"))
+    if not isinstance(name, str) or not isinstance(arguments, dict) or not timm.is_model(name):
+        return None
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **_FROM_NOWHERE, **arguments)
+    except (UserError, TypeError, ValueError, KeyError, RuntimeError, AssertionError):
+        return None
 
 
 def infer_model_args(weights: dict[str, Tensor]) -> dict[str, Any]:
@@ -78,9 +123,15 @@ def infer_model_args(weights: dict[str, Tensor]) -> dict[str, Any]:
         UserError: the tensors are of neither.
     """
     is_vit = "blocks.0.attn.qkv.weight" in weights
+    more = next((name for name in ("dist_token", "reg_token") if name in weights), None)
+    if more is not None:
+        raise UserError(
+            f"these weights have a {more}: models here have a class token and no other, so take the file without "
+            "(deit_base_patch16_224, not deit_base_distilled_patch16_224)"
+        )
     try:
         embed_dim, in_chans, *patch = weights["patch_embed.proj.weight"].shape
-        grid = square_side(weights["pos_embed"].shape[1] - ("cls_token" in weights))
+        grid = square_side(weights["pos_embed"].shape[1] - _class_token_has_position(weights))
         depth = 1 + max(int(m[1]) for k in weights if (m := re.match(r"(?:layers|blocks)\.(\d+)\.", k)))
         return {
             "img_size": (grid * patch[0], grid * patch[1]),
@@ -105,13 +156,27 @@ def _adventurer_args(weights: dict[str, Tensor], embed_dim: int) -> dict[str, An
     return {"d_state": d_state, "headdim": d_inner // heads, "expand": d_inner // embed_dim}
 
 
+def _class_token_has_position(weights: dict[str, Tensor]) -> bool:
+    """As in all models but DeiT III's and its like; the grid is square either way, which tells."""
+    entries = weights["pos_embed"].shape[1]
+    return "cls_token" in weights and math.isqrt(entries) ** 2 != entries
+
+
 def _vit_args(weights: dict[str, Tensor], embed_dim: int) -> dict[str, Any]:
     has_class_token = "cls_token" in weights
+    if (embed_dim, *weights["patch_embed.proj.weight"].shape[2:]) == (192, 1, 1):
+        _logger.warning(
+            "these weights may be DeiT-Tiny's, of 3 heads, or the tiny pixel transformer's, of 12, and are taken for the "
+            "first; for the second, load_weights(timm.create_model('pixel_transformer_tiny_patch1_32', ...), file)"
+        )
     return {
         "num_heads": max(1, embed_dim // 64),
         "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "class_token": has_class_token,
+        "no_embed_class": has_class_token and not _class_token_has_position(weights),
+        # Any value makes the layer; the file fills it.
+        "init_values": 1e-5 if "blocks.0.ls1.gamma" in weights else None,
         # timm's place for the last norm tells how the tokens are pooled.
         "global_pool": "token" if has_class_token and "fc_norm.weight" not in weights else "avg",
     }
@@ -140,16 +205,7 @@ def create_from_checkpoint(checkpoint: Checkpoint, **overrides: Any) -> nn.Modul
         name = checkpoint.extra.get("model_name") or architecture_name(arguments)
         if not isinstance(name, str) or not timm.is_model(name):
             raise UserError(f"there is no model {name!r}")
-        # Named here, so that no record can: what is made is filled from this file and no other.
-        model = timm.create_model(
-            name,
-            pretrained=False,
-            pretrained_cfg=None,
-            pretrained_cfg_overlay=None,
-            checkpoint_path=None,
-            cache_dir=None,
-            **arguments,
-        )
+        model = timm.create_model(name, **_FROM_NOWHERE, **arguments)
     except (TypeError, KeyError, ValueError, RuntimeError) as e:
         raise UserError(f"{checkpoint.path} records a model that cannot be made: {first_line(e)}") from e
     fill(model, checkpoint)

@@ -195,8 +195,11 @@ class MaskedAutoencoder(nn.Module):
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()} | {"decoder.mask_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into depth groups, for layer decay; the decoder decays least."""
-        return {"stem": r"^backbone\.(?!blocks|layers)", "blocks": r"^backbone\.(?:blocks|layers)\.(\d+)"}
+        """Patterns that sort parameters into depth groups, for layer decay; the last norm and the decoder decay least."""
+        return {
+            "stem": r"^backbone\.(?!blocks|layers|norm\.|norm_f\.)",
+            "blocks": r"^backbone\.(?:blocks|layers)\.(\d+)",
+        }
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Hide some patches and paint them.

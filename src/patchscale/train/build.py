@@ -26,7 +26,7 @@ from patchscale.models.backbone import Backbone
 from patchscale.models.published import FAMILIES, evaluation_crop
 from patchscale.models.tokens import grid_size
 from patchscale.models.weight_files import fill, read_checkpoint
-from patchscale.models.weights import flip_warning, load_weights
+from patchscale.models.weights import difference_warning, load_weights
 from patchscale.tasks import Task
 from patchscale.tasks.classification import Classification
 from patchscale.tasks.distillation import Distillation, Teacher
@@ -150,10 +150,17 @@ def start_from(model: nn.Module, recipe: Recipe, note: Callable[[str], None]) ->
     """
     checkpoint = read_checkpoint(recipe.weights, recipe.which)  # type: ignore[arg-type]  # called where there are some
     resized = fill(model, checkpoint, strict=False, resize=recipe.resize)
-    warning = flip_warning(model, checkpoint)
+    warning = difference_warning(model, checkpoint)
     if warning:
         note(warning)
     return resized
+
+
+def position_arguments(model: nn.Module) -> dict[str, Any]:
+    """The argument that makes a model with the same position table, where that is on another grid than the patches."""
+    if not isinstance(model, Backbone) or model.pos_grid == model.patch_embed.grid_size:
+        return {}
+    return {"pos_grid": model.pos_grid}
 
 
 def training_transform(recipe: Recipe, preprocessing: Preprocessing) -> Transform:
@@ -309,16 +316,18 @@ def refuse_or_note(item: Unreadable, skip: bool, note: Callable[[str], None]) ->
 
 
 def run_folder(recipe: Recipe, resume: Path | None) -> Path:
-    """The folder of a run, made and found to be writable, and clean of what a killed process was writing.
+    """The folder of a run, which is not made yet: a run that is refused leaves nothing behind."""
+    if resume is not None:
+        return resume if resume.is_dir() else resume.parent
+    return recipe.output or Path("runs") / f"{recipe.model}_{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a run's folder, and clean it of what a killed process was writing.
 
     Raises:
         UserError: it cannot be written to.
     """
-    if resume is not None:
-        folder = resume if resume.is_dir() else resume.parent
-    else:
-        folder = recipe.output or Path("runs") / f"{recipe.model}_{time.strftime('%Y%m%d-%H%M%S')}"
     make_folder(folder)
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
-    return folder

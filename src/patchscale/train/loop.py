@@ -30,6 +30,8 @@ from patchscale.train.build import (
     make_teacher,
     model_arguments,
     open_sources,
+    position_arguments,
+    prepare_folder,
     preprocessing_for,
     recompute_blocks,
     refuse_or_note,
@@ -249,10 +251,13 @@ class _Run:
 
         _seed(recipe.seed, 0, 0)
         self.model_args = model_arguments(recipe, train_source)
+        if state is not None and "pos_grid" in state["model_args"]:
+            self.model_args["pos_grid"] = state["model_args"]["pos_grid"]
         model = create_model(recipe.model, self.model_args)
         self.resized = {} if state is None else state["resized"]
         if recipe.weights is not None and state is None:
             self.resized = start_from(model, recipe, observer.note)
+            self.model_args |= position_arguments(model)
         if recipe.grad_checkpointing:
             recompute_blocks(model, recipe.keep_products)
         self.classes = train_source.classes
@@ -326,6 +331,7 @@ class _Run:
     def run(self, command: list[str] | None) -> Result:
         recipe = self.recipe
         if self.processes.is_first:
+            prepare_folder(self.folder)
             describe_run(self.folder, recipe.to_dict(), command, recipe.trackers)
         if self.epochs_done >= recipe.epochs:
             self.observer.note(f"{self.folder} is finished: it has run its {recipe.epochs} epochs")
