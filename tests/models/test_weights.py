@@ -161,7 +161,7 @@ def test_timms_state_dicts_give_timms_values(name, tmp_path, assert_near):
 def test_a_distilled_deit_is_refused_by_its_second_token(tmp_path):
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", depth=1)
     save_file(distilled.state_dict(), tmp_path / "distilled.safetensors")
-    with pytest.raises(UserError, match="dist_token.*class token and no other"):
+    with pytest.raises(UserError, match=r"dist_token.*class token and no other"):
         create_from_checkpoint(read_checkpoint(tmp_path / "distilled.safetensors"))
 
 

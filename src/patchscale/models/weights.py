@@ -71,7 +71,7 @@ def load_weights(
 
 
 def difference_warning(model: nn.Module, checkpoint: Checkpoint) -> str:
-    """What to tell a user whose weights fit the model by their shapes, and were trained as another; "" if they were not.
+    """What to tell a user whose weights fit the model by their shapes, and were trained as another; "" if none.
 
     The flip rule, a ViT's heads and whether positions are fixed or absent leave no trace in a state dict. What the file
     records of them is compared with the model.
@@ -102,7 +102,7 @@ def _untraced(model: nn.Module | None) -> dict[str, Any]:
 
 
 def _recorded_model(checkpoint: Checkpoint) -> nn.Module | None:
-    """The model that a file says it belongs to, without memory for weights; None if it does not say or cannot be made."""
+    """The model that a file says it belongs to, without memory for weights; None if it does not say or it is none."""
     name, arguments = (checkpoint.extra.get(k) for k in ("model_name", "model_args"))
     if not isinstance(name, str) or not isinstance(arguments, dict) or not timm.is_model(name):
         return None
@@ -166,8 +166,8 @@ def _vit_args(weights: dict[str, Tensor], embed_dim: int) -> dict[str, Any]:
     has_class_token = "cls_token" in weights
     if (embed_dim, *weights["patch_embed.proj.weight"].shape[2:]) == (192, 1, 1):
         _logger.warning(
-            "these weights may be DeiT-Tiny's, of 3 heads, or the tiny pixel transformer's, of 12, and are taken for the "
-            "first; for the second, load_weights(timm.create_model('pixel_transformer_tiny_patch1_32', ...), file)"
+            "these weights may be DeiT-Tiny's, of 3 heads, or the tiny pixel transformer's, of 12; they are taken for "
+            "the first; for the second, load_weights(timm.create_model('pixel_transformer_tiny_patch1_32', ...), file)"
         )
     return {
         "num_heads": max(1, embed_dim // 64),

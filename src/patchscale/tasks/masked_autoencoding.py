@@ -195,7 +195,7 @@ class MaskedAutoencoder(nn.Module):
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()} | {"decoder.mask_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into depth groups, for layer decay; the last norm and the decoder decay least."""
+        """Patterns that sort parameters into depth groups, for layer decay; last norm and decoder decay least."""
         return {
             "stem": r"^backbone\.(?!blocks|layers|norm\.|norm_f\.)",
             "blocks": r"^backbone\.(?:blocks|layers)\.(\d+)",
