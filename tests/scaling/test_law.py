@@ -123,6 +123,28 @@ def test_a_patch_that_departs_from_the_law_is_a_finding():
     assert "rises" in fit.words
 
 
+@pytest.mark.parametrize("axis", ["patch", "tokens"])
+def test_an_exponent_that_the_search_alone_bounds_has_an_interval_without_an_end(axis):
+    """A step at the coarsest patch, however steep, describes these as well."""
+    patch = np.repeat(PATCHES, 3)
+    loss = np.where(patch == 16, 1.2, 1.0) + np.tile([-0.004, 0.0, 0.004], 5)
+    law = fit_law(patch if axis == "patch" else (32 / patch) ** 2, loss, axis=axis).law
+    end = law.intervals["alpha"][1 if axis == "patch" else 0]
+    assert end == (math.inf if axis == "patch" else -math.inf)
+    assert law.intervals["A"][0 if axis == "patch" else 1] == (0 if axis == "patch" else math.inf)
+    assert all(map(math.isfinite, law.intervals["L_inf"]))
+
+
+@pytest.mark.parametrize(
+    "scatter", [(1, 1, 1, 1, 1), (1, 1, 6, 1, 1), (1, 1, 1, 1, 6), (6, 1, 1, 1, 1), (1, 2, 4, 8, 16)]
+)
+def test_a_true_law_is_seldom_rejected_wherever_its_seeds_scatter(scatter):
+    patch, generator = np.repeat(PATCHES, 3), np.random.default_rng(0)
+    width, true = 0.005 * np.repeat(scatter, 3), L_INF + A * patch
+    chances = [fit_law(patch, true + width * generator.normal(size=15), draws=0).lack_of_fit for _ in range(200)]
+    assert np.mean(np.array(chances) < 0.05) < 0.15  # the plain F-test: 0.29 where the third patch scatters most
+
+
 def test_without_effect_the_law_is_not_claimed():
     patch = np.repeat(PATCHES, 3)
     verdicts = []
