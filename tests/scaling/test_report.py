@@ -108,7 +108,18 @@ def test_a_confidence_that_is_no_share_is_refused(study, tmp_path):
 def test_controls_are_set_beside_the_patch(report, study):
     page, written = report(study + [replace(c, control="extend", patch_size=16) for c in study[:9]])
     assert "Is it the patch, or the tokens?" in page
-    assert any(path.name == "report_controls.svg" for path in written)
+    assert ">tokens<" in next(path for path in written if path.name == "report_controls.svg").read_text()
+
+
+def test_controls_that_keep_the_number_of_tokens_are_drawn_by_patch_beside_their_own_family(report, cell):
+    of_one_size = [cell(p, s, family=f) for f in ("adventurer", "deit") for p in (8, 4, 2) for s in range(2)]
+    shrinking = [cell(p, s, img_size=8 * p, control="length", family="deit") for p in (4, 2, 1) for s in range(2)]
+    _, written = report(of_one_size + shrinking)
+    drawn = next(path for path in written if path.name == "report_controls.svg").read_text()
+    assert ">patch side (pixels)<" in drawn
+    assert ">scale<" in drawn
+    assert ">length<" in drawn
+    assert drawn.count("<g id=\"LineCollection") == 2  # error bars of a series
 
 
 def test_names_cannot_break_the_page(report, study):

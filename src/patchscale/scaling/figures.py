@@ -214,28 +214,33 @@ def frontier(groups: Sequence[Group], confidence: float) -> Callable[[Palette], 
     return plot
 
 
-def by_tokens(every: Sequence[Series], confidence: float) -> Callable[[Palette], Figure]:
-    """Accuracy over tokens for the study's controls: more tokens by a finer patch, or without one."""
+def controls(every: Sequence[Series], confidence: float) -> Callable[[Palette], Figure]:
+    """Accuracy of finer patches and of the controls, over tokens; over patches if no control keeps the patch."""
+    patches = sorted({group.first.patch_size for series in every for group in series.groups}, reverse=True)
+    tokens = sorted({group.first.tokens for series in every for group in series.groups})
+    patch_differs = all(len(set(series.patches)) == len(series.groups) for series in every)
 
     def plot(palette: Palette) -> Figure:
         figure, axes = _new(palette)
-        axes.set_xscale("log", base=2)
+        if patch_differs:
+            _patch_axis(axes, patches, every)
+        else:
+            axes.set_xlabel("tokens", color=palette["muted"])
+            axes.xaxis.set_major_locator(FixedLocator(np.log2(tokens).tolist()))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value:,.0f}"))
         axes.set_title("top-1 accuracy (%)", loc="left", color=palette["ink"])
-        axes.set_xlabel("tokens", color=palette["muted"])
         ends = []
         for index, series in enumerate(every):
             colour = palette[f"c{index % SERIES_COLOURS}"]
-            x = [group.first.tokens for group in series.groups]
+            cells = [group.first for group in series.groups]
+            x = [-math.log2(c.patch_size) if patch_differs else math.log2(c.tokens) for c in cells]
             half = np.nan_to_num([group.top1.half_width(confidence) for group in series.groups])
             values = [group.top1.value for group in series.groups]
             axes.errorbar(x, values, half, color=colour, fmt="o-", **_MARKS)
             name = series.first.control
             if [other.first.control for other in every].count(name) > 1:
                 name = f"{name}, {series.first.family}"
-            ends.append((float(x[-1]), values[-1], name, colour))
-        axes.xaxis.set_major_locator(FixedLocator(sorted({g.first.tokens for s in every for g in s.groups})))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.xaxis.set_minor_locator(NullLocator())
+            ends.append((x[-1], values[-1], name, colour))
         _label_ends(axes, ends)
         return figure
 

@@ -297,9 +297,10 @@ def _controls_section(every: Sequence[Series], confidence: float, pictures: list
     controls = [series for series in every if not is_of_patch_sizes(series)]
     if not any(len(series.groups) > 1 for series in controls):
         return ""  # single points are on the frontier's figure
-    base = [series for series in every if is_of_patch_sizes(series)][:1]
-    alt = "Top-1 accuracy over tokens, for finer patches and for controls"
-    picture = figures.draw("controls", alt, figures.by_tokens((base + controls)[: figures.SERIES_COLOURS], confidence))
+    first_of = {series.first.family: series for series in reversed(every) if is_of_patch_sizes(series)}
+    base = [first_of[family] for family in dict.fromkeys(c.first.family for c in controls) if family in first_of]
+    alt = "Top-1 accuracy of finer patches of the same image, and of the study's controls"
+    picture = figures.draw("controls", alt, figures.controls((base + controls)[: figures.SERIES_COLOURS], confidence))
     caption = "scale: finer patches of the same image; the others are the study's controls." if base else ""
     return _section("Is it the patch, or the tokens?", _figure(picture, caption, pictures))
 
