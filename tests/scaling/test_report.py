@@ -119,7 +119,7 @@ def test_controls_that_keep_the_number_of_tokens_are_drawn_by_patch_beside_their
     assert ">patch side (pixels)<" in drawn
     assert ">scale<" in drawn
     assert ">length<" in drawn
-    assert drawn.count("<g id=\"LineCollection") == 2  # error bars of a series
+    assert drawn.count('<g id="LineCollection') == 2  # error bars of a series
 
 
 def test_names_cannot_break_the_page(report, study):

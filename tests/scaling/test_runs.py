@@ -100,6 +100,19 @@ def test_at_equal_flops_the_dearest_run_keeps_its_epochs():
     assert max(costs) / min(costs) < 1.2
 
 
+def test_epochs_that_cannot_make_flops_equal_are_told(caplog):
+    sweep = TINY | {"embed_dim": [32, 64, 96]}
+    study = make_study({"hold": "flops", "all": sweep | {"epochs": 1}}, "s")
+    costs = {run.name: planned_flops(r)[1] * r.epochs for run in study.runs for r in run.stages.values()}
+    dearest = costs[study.runs[-1].name]
+    name, share = max(((n, c / dearest) for n, c in costs.items()), key=lambda pair: abs(pair[1] - 1))
+    assert abs(share - 1) > 0.05
+    assert f"{name} takes {100 * share:.0f}% of the dearest's" in caplog.text
+    caplog.clear()
+    make_study({"hold": "flops", "all": sweep | {"epochs": 100}}, "s")
+    assert not caplog.text
+
+
 def test_at_equal_flops_fewer_images_are_seen_more_often():
     study = make_study({"hold": "flops", "all": TINY | {"limit_train": [64, 640], "epochs": 2}}, "s")
     assert [run.stages["train"].epochs for run in study.runs] == [20, 2]

@@ -22,6 +22,7 @@ A study file is TOML::
 import functools
 import itertools
 import json
+import logging
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,11 @@ from patchscale.train.recipe import Recipe, fits
 from patchscale.train.speed import count_flops
 from patchscale.train.stages import read_recipe_file
 
+_logger = logging.getLogger(__name__)
+
 Hold = Literal["epochs", "flops"]
+# What runs of a study of equal FLOPs may differ by without a word.
+_EQUAL = 0.05
 SINGLE_STAGE = "train"
 
 # What an arm has beside a recipe's fields.
@@ -188,9 +193,20 @@ def _same_flops(runs: list[Run]) -> list[Run]:
     recipes = [next(iter(run.stages.values())) for run in runs]
     costs = [planned_flops(recipe)[1] * recipe.epochs * _images(recipe.data, recipe.limit_train) for recipe in recipes]
     most = max(costs)
+    epochs = [round(recipe.epochs * most / cost) for recipe, cost in zip(recipes, costs, strict=True)]
+    shares = [cost * e / recipe.epochs / most for recipe, cost, e in zip(recipes, costs, epochs, strict=True)]
+    share, name = max(zip(shares, (run.name for run in runs), strict=True), key=lambda pair: abs(pair[0] - 1))
+    if abs(share - 1) > _EQUAL:
+        _logger.warning(
+            "epochs are whole, so that FLOPs are equal to within %.0f%% alone (%s takes %.0f%% of the dearest's); more "
+            "epochs make them more equal",
+            100 * abs(share - 1),
+            name,
+            100 * share,
+        )
     return [
-        replace(run, stages={stage: replace(recipe, epochs=max(1, round(recipe.epochs * most / cost)))})
-        for run, cost in zip(runs, costs, strict=True)
+        replace(run, stages={stage: replace(recipe, epochs=e)})
+        for run, e in zip(runs, epochs, strict=True)
         for stage, recipe in run.stages.items()
     ]
 
