@@ -259,3 +259,9 @@ def test_a_recipe_is_shown_as_the_flags_leave_it(capsys):
 def test_a_recipe_that_cannot_run_is_refused(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in fails(capsys, ["train", *arguments])
+
+
+def test_what_a_command_does_not_need_is_not_loaded_before_it():
+    code = "import sys, patchscale.cli; print([m for m in ('torchmetrics', 'scipy', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from patchscale import cli
+from patchscale import console
 from patchscale.cli import main
 from patchscale.scaling.plan import Options, fit_memory, plan
 from patchscale.scaling.plan_report import fit_lines
@@ -26,7 +26,7 @@ def test_the_cheapest_that_fits_is_named():
 def test_no_number_is_cut_off_in_a_narrow_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     command = "plan adventurer_tiny_patch16_224 --gpu a100 --depth 2 --img-size 32 --patch-sizes 16 4 --embed-dim 192"
-    monkeypatch.setattr(cli, "_out", Console(soft_wrap=True))
+    monkeypatch.setattr(console, "out", Console(soft_wrap=True))
     assert main(command.split()) == 0
     out = capsys.readouterr().out
     assert "attention" in out

@@ -1,12 +1,13 @@
 """What a backbone is trained to do: a task owns its head, loss, metrics and data contract."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 from torch import Tensor, nn
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+Loss = Literal["cross-entropy", "bce"]
 
 
 class Scores(Protocol):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,8 @@ from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from patchscale.errors import UserError
+from patchscale.tasks import Loss
 from patchscale.tasks.distillation import Distillation
-
-Loss = Literal["cross-entropy", "bce"]
 
 
 @dataclass(frozen=True)

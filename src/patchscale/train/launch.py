@@ -24,6 +24,7 @@ import torch
 from patchscale.errors import INTERRUPTED, UserError, first_line
 from patchscale.files import make_folder
 from patchscale.train.build import create_model
+from patchscale.train.command import read_train
 from patchscale.train.recipe import Recipe
 
 _FOREVER_MINUTES = 10 * 365 * 24 * 60
@@ -185,9 +186,6 @@ def _check_options(options: Slurm | Local) -> None:
 
 def _check_train(arguments: Sequence[str]) -> None:
     """Find out now what would otherwise end the job after its hours in the queue; data may be out of sight here."""
-    # A job is a command, and only the command line knows how to read it: the one place where train looks up.
-    from patchscale.cli import read_train
-
     for recipe in read_train(list(arguments)):
         _check_model(recipe)
 

@@ -12,7 +12,7 @@ from patchscale.errors import UserError
 from patchscale.models.backbone import Positions
 from patchscale.models.tokens import Resize
 from patchscale.models.weight_files import Which
-from patchscale.tasks.classification import Loss
+from patchscale.tasks import Loss
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
 Strategy = Literal["auto", "ddp", "fsdp"]
