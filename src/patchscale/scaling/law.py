@@ -13,19 +13,16 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import stats
 
 from patchscale.errors import UserError
+from patchscale.scaling.curve import FREE, STEEPEST, Array, Curve, fit_curve, floor_of, solve, unit_places
 
-Array = NDArray[np.float64]
 Axis = Literal["patch", "tokens", "flops"]
 FormName = Literal["law", "power", "constant"]
 Verdict = Literal["holds", "undetermined", "fails"]
 
 FORMULAS: dict[str, str] = {"law": "L_inf + A x^alpha", "power": "A x^alpha", "constant": "L_inf"}
-_FREE: dict[str, int] = {"law": 3, "power": 2, "constant": 1}
-# Steepest law looked for: from the coarsest to the finest patch, e to this many times.
-_STEEPEST = 20.0
 # A seed further from its patch's median than this many standard deviations of one run is drawn in to there.
 _CLIP = 5.0
 _LACK_OF_FIT = 0.05
@@ -187,24 +184,24 @@ def fit_law(
     """
     places, losses = _checked(x, loss, axis, confidence, noise)
     used, drawn_in = _draw_in(places, losses)
-    fits = {name: _fit(places, used, axis, name) for name in _FREE}
-    free_runs = len(places) - _FREE["law"]
+    fits = {name: fit_curve(places, used, axis, name) for name in FREE}
+    free_runs = len(places) - FREE["law"]
     generator = np.random.default_rng(seed)
-    aicc = {name: _aicc(fit.sse, len(places), _FREE[name] + 1, _floor(used)) for name, fit in fits.items()}
+    aicc = {name: _aicc(fit.sse, len(places), FREE[name] + 1, floor_of(used)) for name, fit in fits.items()}
     best = min(aicc.values())
     comparable = all(map(math.isfinite, aicc.values()))
     relative = {name: math.exp((best - value) / 2) if comparable else math.nan for name, value in aicc.items()}
     errors = _held_out_errors(places, used, axis)
     forms: dict[str, Form] = {}
     for name, fit in fits.items():
-        residuals = _noise_like(used - fit.curve(places), _FREE[name], noise, generator)
+        residuals = _noise_like(used - fit(places), FREE[name], noise, generator)
         redrawn = _redraw(places, fit, name, residuals, axis, noise, draws, generator)
         forms[name] = Form(
             name,  # type: ignore[arg-type]
             fit.l_inf,
             fit.a / fit.reference**fit.alpha,
             fit.alpha,
-            _intervals(redrawn, fit, _STEEPEST / abs(_unit(places, axis)[2]), confidence),
+            _intervals(redrawn, fit, STEEPEST / abs(unit_places(places, axis)[2]), confidence),
             fit.sse,
             aicc[name],
             relative[name] / sum(relative.values()),
@@ -331,116 +328,6 @@ def _draw_in(places: Array, losses: Array) -> tuple[Array, tuple[int, ...]]:
     return used, tuple(alone)
 
 
-class _Fit(NamedTuple):
-    l_inf: float
-    a: float
-    """At the reference."""
-    alpha: float
-    reference: float
-    sse: float
-
-    def curve(self, x: Array) -> Array:
-        return self.l_inf + self.a * (x / self.reference) ** self.alpha
-
-
-def _unit(places: Array, axis: str) -> tuple[Array, float, float]:
-    """Where each place lies, from the end of low loss (0) to the other (1); that other; the span of log x, signed."""
-    sign = 1.0 if axis == "patch" else -1.0
-    logs = sign * np.log(places)
-    span = float(logs.max() - logs.min())
-    reference = float(places.max() if sign > 0 else places.min())
-    return (logs - logs.min()) / span, reference, sign * span
-
-
-def _fit(places: Array, losses: Array, axis: str, name: str) -> _Fit:
-    unit, reference, span = _unit(places, axis)
-    constants, sse = _solve(unit, losses[None], name)
-    start, lowest = constants[0], float(sse[0])
-    if name != "constant" and start[1] > 0:
-        polished = _polish(unit, losses, start, name)
-        found = float(np.sum((losses - _curve(unit, polished)) ** 2))
-        if found <= lowest or lowest < _floor(losses):
-            start, lowest = polished, found
-    return _Fit(float(start[0]), float(start[1]), float(start[2] / span), reference, lowest)
-
-
-def _curve(unit: Array, constants: Array) -> Array:
-    l_inf, a, steepness = constants
-    return l_inf + a * np.exp(steepness * (unit - 1))
-
-
-def _polish(unit: Array, losses: Array, start: Array, name: str) -> Array:
-    """From the search over steepness to full precision."""
-    free = [0, 1, 2] if name == "law" else [1, 2]
-
-    def spread_out(values: Array) -> Array:
-        constants = np.zeros(3)
-        constants[free] = values
-        return constants
-
-    def jacobian(values: Array) -> Array:
-        _, a, steepness = spread_out(values)
-        rise = np.exp(steepness * (unit - 1))
-        return np.stack([np.ones_like(unit), rise, a * (unit - 1) * rise], axis=1)[:, free]
-
-    high = np.array([np.inf, np.inf, _STEEPEST])[free]
-    found = optimize.least_squares(
-        lambda values: _curve(unit, spread_out(values)) - losses,
-        np.clip(start[free], 0, high * (1 - 1e-9)),
-        jacobian,
-        bounds=(np.zeros(len(free)), high),
-        x_scale="jac",
-        xtol=1e-14,
-        ftol=1e-14,
-        gtol=1e-14,
-    )
-    return spread_out(found.x)
-
-
-def _solve(unit: Array, losses: Array, name: str) -> tuple[Array, Array]:
-    """Least squares for many sets of losses (sets, runs) at once: constants (sets, 3) and sums of squares (sets,).
-
-    For a given steepness the other constants are linear, so the search is over that one alone: a grid, then twice a
-    finer one about the best.
-    """
-    if name == "constant":
-        means = losses.mean(1)
-        zeros = np.zeros_like(means)
-        return np.stack([means, zeros, zeros], 1), np.sum((losses - means[:, None]) ** 2, 1)
-    grid = np.geomspace(1e-3, _STEEPEST, 128)
-    steepness, step = grid[None], float(grid[1] / grid[0])
-    for _ in range(3):
-        l_inf, a, sse = _linear_constants(np.exp(steepness[..., None] * (unit - 1)), losses, name)
-        best = np.argmin(sse, 1)[:, None]
-        chosen = np.take_along_axis(np.broadcast_to(steepness, sse.shape), best, 1)
-        found = np.concatenate([np.take_along_axis(l_inf, best, 1), np.take_along_axis(a, best, 1), chosen], 1)
-        lowest = np.take_along_axis(sse, best, 1)[:, 0]
-        steepness = np.minimum(chosen * step ** np.linspace(-1, 1, 11), _STEEPEST)
-        step **= 0.2
-    return found, lowest
-
-
-def _linear_constants(rise: Array, losses: Array, name: str) -> tuple[Array, Array, Array]:
-    """L_inf, A and the sum of squares, each (sets, steepnesses), for ``rise`` (sets or 1, steepnesses, runs)."""
-    product = np.matmul(rise, losses[..., None])[..., 0]
-    squares, total = np.sum(rise**2, -1), np.sum(losses**2, 1)[:, None]
-    through_zero = product / squares
-    sse_zero = total - through_zero * product
-    if name == "power":
-        return np.zeros_like(sse_zero), through_zero, sse_zero
-    count, mean_rise, mean = losses.shape[1], rise.mean(-1), losses.mean(1)[:, None]
-    covariance = product - count * mean_rise * mean
-    spread = np.sum((rise - mean_rise[..., None]) ** 2, -1)
-    a = covariance / spread
-    l_inf = mean - a * mean_rise
-    flat = total - count * mean**2
-    sse = flat - a * covariance
-    below, falling = l_inf < 0, a < 0
-    a = np.where(falling, 0.0, np.where(below, through_zero, a))
-    l_inf = np.where(falling, mean, np.where(below, 0.0, l_inf))
-    return l_inf, a, np.where(falling, flat, np.where(below, sse_zero, sse))
-
-
 def _noise_like(residuals: Array, constants: int, noise: float | None, generator: np.random.Generator) -> Array:
     """Residuals as wide as one run's noise: fitting took some of it away. Empty where it took all."""
     if noise is not None:
@@ -453,7 +340,7 @@ def _noise_like(residuals: Array, constants: int, noise: float | None, generator
 
 def _redraw(
     places: Array,
-    fit: _Fit,
+    fit: Curve,
     name: str,
     residuals: Array,
     axis: str,
@@ -464,12 +351,12 @@ def _redraw(
     """(draws, 3): L_inf, A at the reference, alpha, of refits; none where there is no noise to draw."""
     if not draws or not len(residuals):
         return np.empty((0, 3))
-    unit, _, span = _unit(places, axis)
+    unit, _, span = unit_places(places, axis)
     drawn = generator.choice(residuals, (draws, len(places)))
     if noise is None:
-        left = len(places) - _FREE[name]
+        left = len(places) - FREE[name]
         drawn = drawn * np.sqrt(left / generator.chisquare(left, (draws, 1)))
-    constants, _ = _solve(unit, fit.curve(places) + drawn, name)
+    constants, _ = solve(unit, fit(places) + drawn, name)
     return constants / np.array([1, 1, span])
 
 
@@ -478,7 +365,7 @@ def _interval(drawn: Array, confidence: float) -> tuple[Array, Array]:
     return low, high
 
 
-def _intervals(draws: Array, fit: _Fit, steepest: float, confidence: float) -> dict[str, tuple[float, float]]:
+def _intervals(draws: Array, fit: Curve, steepest: float, confidence: float) -> dict[str, tuple[float, float]]:
     names = ("L_inf", "A", "alpha")
     if not len(draws):
         return dict.fromkeys(names, (math.nan, math.nan))
@@ -496,11 +383,6 @@ def _intervals(draws: Array, fit: _Fit, steepest: float, confidence: float) -> d
     return {name: (min(float(low[i]), own[i]), max(float(high[i]), own[i])) for i, name in enumerate(names)}
 
 
-def _floor(losses: Array) -> float:
-    """A sum of squares that is nothing but rounding."""
-    return float(len(losses) * (1e-9 * losses.max()) ** 2)
-
-
 def _aicc(sse: float, runs: int, constants: int, floor: float) -> float:
     """Akaike's criterion of a least-squares fit (the noise counts as a constant), corrected for few runs."""
     if runs - constants - 1 < 1:
@@ -514,13 +396,13 @@ def _held_out_errors(places: Array, losses: Array, axis: str) -> dict[str, float
     rest = places != finest
     found = float(losses[~rest].mean())
     errors = {}
-    for name, constants in _FREE.items():
+    for name, constants in FREE.items():
         if len(set(places[rest])) >= max(constants, 2):
-            errors[name] = float(_fit(places[rest], losses[rest], axis, name).curve(finest)) - found
+            errors[name] = float(fit_curve(places[rest], losses[rest], axis, name)(finest)) - found
     return errors
 
 
-def _lack_of_fit(places: Array, losses: Array, fit: _Fit) -> float | None:
+def _lack_of_fit(places: Array, losses: Array, fit: Curve) -> float | None:
     """Chance of the patches' means missing the law so far if it held, whatever each patch's own scatter.
 
     How far they miss is set beside what their own scatters make of it on average, and both numbers of degrees of
@@ -531,8 +413,8 @@ def _lack_of_fit(places: Array, losses: Array, fit: _Fit) -> float | None:
     points, counts = np.unique(places, return_counts=True)
     here = [losses[places == p] for p in points]
     squares = np.array([np.sum((each - each.mean()) ** 2) for each in here])
-    repeats, spare = len(places) - len(points), len(points) - _FREE["law"]
-    if repeats < 1 or spare < 1 or squares.sum() <= _floor(losses):
+    repeats, spare = len(places) - len(points), len(points) - FREE["law"]
+    if repeats < 1 or spare < 1 or squares.sum() <= floor_of(losses):
         return None
     single = counts == 1  # tell nothing of their own scatter
     scatter = np.where(single, squares.sum() / repeats, squares / np.maximum(counts - 1, 1))
@@ -540,13 +422,13 @@ def _lack_of_fit(places: Array, losses: Array, fit: _Fit) -> float | None:
     means = np.array([each.mean() for each in here])
     left = np.eye(len(points)) - _projection(points, counts, fit)
     expected = np.diag(left) * scatter
-    ratio = float(np.sum(counts * (means - fit.curve(points)) ** 2) / expected.sum())
+    ratio = float(np.sum(counts * (means - fit(points)) ** 2) / expected.sum())
     above = expected.sum() ** 2 / np.trace(np.linalg.matrix_power(left * scatter, 2))
     below = expected.sum() ** 2 / np.sum(expected**2 / freedom)
     return float(stats.f.sf(ratio, above, below))
 
 
-def _projection(points: Array, counts: NDArray[np.intp], fit: _Fit) -> Array:
+def _projection(points: Array, counts: NDArray[np.intp], fit: Curve) -> Array:
     """(points, points): what the law's constants can follow of the points' means, each weighted by its runs."""
     logs = np.log(points / fit.reference)
     rise = np.exp(fit.alpha * logs)
