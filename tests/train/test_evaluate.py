@@ -10,7 +10,8 @@ from patchscale.models.weight_files import read_checkpoint
 from patchscale.tasks.classification import Classification
 from patchscale.train.checkpoint import load_model
 from patchscale.train.evaluate import evaluate
-from patchscale.train.loop import Observer, train
+from patchscale.train.loop import train
+from patchscale.train.observer import Observer
 from patchscale.train.speed import forward_flops
 
 SIZES = (8, 4, 2)

@@ -9,7 +9,8 @@ from patchscale.errors import TrainingStopped, UserError
 from patchscale.tasks.classification import Classification
 from patchscale.train.checkpoint import load_model
 from patchscale.train.evaluate import evaluate
-from patchscale.train.loop import Observer, train
+from patchscale.train.loop import train
+from patchscale.train.observer import Observer
 
 
 def weights_of(folder: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:

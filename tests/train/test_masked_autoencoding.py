@@ -15,7 +15,8 @@ from patchscale.cli import main
 from patchscale.errors import Interrupted, UserError
 from patchscale.tasks.masked_autoencoding import MaskedAutoencoder
 from patchscale.train.evaluate import evaluate
-from patchscale.train.loop import Observer, train
+from patchscale.train.loop import train
+from patchscale.train.observer import Observer
 from patchscale.train.optimiser import make_optimizer
 from patchscale.train.recipe import Recipe
 from patchscale.train.stages import run_stages

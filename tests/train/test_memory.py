@@ -5,8 +5,9 @@ import torch
 
 from patchscale.models import Adventurer, ViT
 from patchscale.train.cost import training_cost
-from patchscale.train.loop import Observer, train
+from patchscale.train.loop import train
 from patchscale.train.memory import images_that_fit, memory_here
+from patchscale.train.observer import Observer
 from patchscale.train.optimiser import freeze
 
 GIB = 2**30

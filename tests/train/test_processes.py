@@ -14,7 +14,8 @@ import torch
 
 from patchscale.errors import INTERRUPTED, Interrupted, UserError
 from patchscale.train.checkpoint import read_training_state
-from patchscale.train.loop import Observer, train
+from patchscale.train.loop import train
+from patchscale.train.observer import Observer
 from patchscale.train.processes import make_fabric
 from patchscale.train.recipe import Recipe
 

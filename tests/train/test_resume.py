@@ -18,7 +18,8 @@ from patchscale.errors import Interrupted, TrainingStopped, UserError
 from patchscale.models.weights import load_weights
 from patchscale.tasks.classification import Classification
 from patchscale.train.checkpoint import read_training_state
-from patchscale.train.loop import Observer, train
+from patchscale.train.loop import train
+from patchscale.train.observer import Observer
 
 # All that draws random numbers, and all that has a state.
 EVERYTHING = {

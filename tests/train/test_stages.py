@@ -11,7 +11,7 @@ import torch
 from patchscale.errors import UserError
 from patchscale.models.weight_files import read_checkpoint
 from patchscale.train.evaluate import evaluate
-from patchscale.train.loop import Observer
+from patchscale.train.observer import Observer
 from patchscale.train.optimiser import make_schedule, peak_lr
 from patchscale.train.recipe import Recipe
 from patchscale.train.stages import read_recipe_file, recipe_names, run_stages

@@ -31,7 +31,7 @@ from patchscale.train.checkpoint import LAST, read_training_state
 from patchscale.train.describe import RUN as RUN_RECORD
 from patchscale.train.device import keep_freed_memory
 from patchscale.train.evaluate import evaluate
-from patchscale.train.loop import EpochReport, Observer, Progress
+from patchscale.train.observer import EpochReport, Observer, Progress
 from patchscale.train.recipe import Recipe
 from patchscale.train.stages import run_stages
 

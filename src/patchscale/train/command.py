@@ -12,6 +12,8 @@ from rich.table import Table
 
 from patchscale import console
 from patchscale.errors import UserError
+from patchscale.train.observer import EpochReport, Observer, Result
+from patchscale.train.observer import Progress as Step
 from patchscale.train.recipe import Precision, Recipe
 
 Which = Literal["model", "ema"]
@@ -51,7 +53,7 @@ def train(arguments: list[str]) -> None:
             return
         keep_freed_memory()
         with console.progress_bar() as bar:
-            display, command = _display(bar), ["patchscale", "train", *arguments]
+            display, command = _Display(bar), ["patchscale", "train", *arguments]
             _print_result(run(given.settings, given.resume, display, given.override_recipe, command))
         return
     file = read_recipe_file(name)
@@ -70,7 +72,7 @@ def train(arguments: list[str]) -> None:
             stages,
             folder,
             given.stage,
-            lambda stage: _display(bar, f"{stage}  "),
+            lambda stage: _Display(bar, f"{stage}  "),
             given.override_recipe,
             ["patchscale", "train", *arguments],
         ):
@@ -148,46 +150,39 @@ def launch(arguments: list[str]) -> None:
     console.out.print(f"stop it:   {'scancel' if slurm else 'kill'} {job.job_id}", highlight=False)
 
 
-def _display(bar: Progress, stage: str = "") -> Any:
-    from patchscale.train.loop import EpochReport, Observer
-    from patchscale.train.loop import Progress as Step
+class _Display(Observer):
+    """Notes, a line an epoch, and a progress bar."""
 
-    class Display(Observer):
-        def __init__(self) -> None:
-            for old in bar.task_ids:
-                bar.remove_task(old)
-            self.task = bar.add_task("", total=1, rate="", left="")
+    def __init__(self, bar: Progress, stage: str = "") -> None:
+        for old in bar.task_ids:
+            bar.remove_task(old)
+        self.bar, self.stage = bar, stage
+        self.task = bar.add_task("", total=1, rate="", left="")
 
-        def note(self, text: str) -> None:
-            console.note(text)
+    def note(self, text: str) -> None:
+        console.note(text)
 
-        def progress(self, step: Step) -> None:
-            what = f"{stage}epoch {step.epoch}/{step.epochs}"
-            what += f"  loss {step.loss:.3f}" if step.phase == "train" else "  evaluating"
-            left = "" if math.isnan(step.seconds_left) else f"{console.duration(step.seconds_left)} left to train"
-            if step.utilisation is not None:
-                left += f"  {step.utilisation:.0%} of the matrix peak, {step.waiting:.0%} waiting for images"
-            if step.memory is not None:
-                left += f"  {step.memory / 2**30:.1f} GiB"
-            bar.update(
-                self.task,
-                description=what,
-                completed=step.step,
-                total=step.steps,
-                rate=f"{step.images_per_second:,.0f} images/s",
-                left=left,
-            )
+    def progress(self, progress: Step) -> None:
+        what = f"{self.stage}epoch {progress.epoch}/{progress.epochs}"
+        what += f"  loss {progress.loss:.3f}" if progress.phase == "train" else "  evaluating"
+        left = "" if math.isnan(progress.seconds_left) else f"{console.duration(progress.seconds_left)} left to train"
+        if progress.utilisation is not None:
+            left += f"  {progress.utilisation:.0%} of the matrix peak, {progress.waiting:.0%} waiting for images"
+        if progress.memory is not None:
+            left += f"  {progress.memory / 2**30:.1f} GiB"
+        rate = f"{progress.images_per_second:,.0f} images/s"
+        self.bar.update(
+            self.task, description=what, completed=progress.step, total=progress.steps, rate=rate, left=left
+        )
 
-        def epoch(self, report: EpochReport) -> None:
-            line = f"{stage}epoch {report.epoch}  train loss {report.train_loss:.4f}  {report.scores}"
-            if report.ema_scores is not None:
-                line += f"  (average of weights: {report.ema_scores})"
-            console.out.print(line + f"  {report.seconds:.0f} s", highlight=False)
-
-    return Display()
+    def epoch(self, report: EpochReport) -> None:
+        line = f"{self.stage}epoch {report.epoch}  train loss {report.train_loss:.4f}  {report.scores}"
+        if report.ema_scores is not None:
+            line += f"  (average of weights: {report.ema_scores})"
+        console.out.print(line + f"  {report.seconds:.0f} s", highlight=False)
 
 
-def _print_result(result: Any, stage: str = "") -> None:
+def _print_result(result: Result, stage: str = "") -> None:
     if not result.is_first:
         return
     best = next((r for r in result.reports if r.epoch == result.best_epoch), None)

@@ -25,7 +25,8 @@ import torch
 from patchscale.errors import UserError, first_line
 from patchscale.train.build import create_model, size_arguments, trained_module
 from patchscale.train.checkpoint import LAST, read_training_state
-from patchscale.train.loop import Observer, Result, train
+from patchscale.train.loop import train
+from patchscale.train.observer import Observer, Result
 from patchscale.train.optimiser import freeze
 from patchscale.train.recipe import Recipe
 
