@@ -145,6 +145,43 @@ def test_a_true_law_is_seldom_rejected_wherever_its_seeds_scatter(scatter):
     assert np.mean(np.array(chances) < 0.05) < 0.15  # the plain F-test: 0.29 where the third patch scatters most
 
 
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1, 2), (3, 1, 1, 1, 1), (2, 2, 2, 1, 1), (3, 3, 1, 1, 1)])
+def test_a_true_law_is_seldom_rejected_where_some_patches_have_a_single_run(counts):
+    patch, generator = np.repeat(PATCHES, counts), np.random.default_rng(1)
+    true = L_INF + A * patch
+    chances = [
+        fit_law(patch, true + 0.005 * generator.normal(size=len(patch)), draws=0).lack_of_fit for _ in range(200)
+    ]
+    assert np.mean(np.array(chances) < 0.05) < 0.1  # 0.12 to 0.25 if each single run counted as a scatter found
+
+
+def test_seeds_that_agree_exactly_still_test_the_fit():
+    patch = np.repeat(PATCHES, 2)
+    off = fit_law(patch, np.repeat([1.1, 0.93, 0.9, 0.85, 0.86], 2))
+    assert (off.lack_of_fit, off.verdict) == (0.0, "fails")
+    on = fit_law(patch, L_INF + A * patch)
+    assert on.lack_of_fit is None
+    assert "every run is on the curve" in on.words
+    assert on.predict(1).low <= on.predict(1).value <= on.predict(1).high
+
+
+def test_a_scattering_patch_does_not_fail_the_law_by_being_drawn_in():
+    """Where two of three seeds are near one another by chance, the third is drawn in for the curve alone."""
+    patch = np.repeat(PATCHES, 3)
+    loss = losses(patch, 0.003)
+    loss[patch == 1] += [0.0, 0.004, 0.09]
+    fit = fit_law(patch, loss)
+    assert fit.drawn_in == (14,)
+    assert fit.lack_of_fit > 0.05
+
+
+def test_a_flat_law_has_no_exponent():
+    patch = np.repeat(PATCHES, 3)
+    fit = fit_law(patch, 1 - 0.02 * patch / 16 + np.tile([-0.01, 0, 0.01], 5))
+    assert (fit.law.A, fit.law.alpha) == (0, 0)
+    assert fit.law.intervals["alpha"][0] == 0
+
+
 def test_without_effect_the_law_is_not_claimed():
     patch = np.repeat(PATCHES, 3)
     verdicts = []
@@ -200,6 +237,10 @@ def test_fine_patches_are_predicted_from_coarse():
         ([16, 8, 4], [1, 0.9, 0.8], {"axis": "size"}, "axis is 'size', expected one of patch, tokens, flops"),
         ([16, 8, 4], [1, 0.9, 0.8], {"confidence": 90}, "confidence is 90, expected between 0 and 1"),
         ([16, 8, 4], [1, 0.9, 0.8], {"noise": -1}, "noise is -1, expected a standard deviation above 0"),
+        ([16, 8, 4], [1, 0.9, 0.8], {"noise": "x"}, "noise is 'x', expected a number"),
+        ([16, 8, 4], [1, 0.9, 0.8], {"draws": -1}, "draws is -1, expected a whole number from 0"),
+        ([16, 8, 4], [1, 0.9, 0.8], {"seed": 0.5}, "seed is 0.5, expected a whole number from 0"),
+        ([16, 8, 4], [1e300, 0.9, 0.8], {}, r"losses: entry 0 is 1e\+300"),
     ],
 )
 def test_bad_input_is_refused(x, loss, keywords, words):
@@ -214,6 +255,16 @@ def test_bad_places_to_predict_are_refused():
             fit.predict(x)
     with pytest.raises(UserError, match="runs is 0"):
         fit.predict(1, runs=0)
+    with pytest.raises(UserError, match=r"runs is 1\.5"):
+        fit.predict(1, runs=1.5)
+    with pytest.raises(UserError, match="cannot predict at 'a'"):
+        fit.predict("a")
+    with pytest.raises(UserError, match="give numbers above 0"):
+        fit.law.predict_fall(0, -1)
+    with pytest.raises(UserError, match="form is 'lawx', expected one of law, power, constant"):
+        score_coarse_to_fine(PATCHES, PATCHES, form="lawx")
+    with pytest.raises(UserError, match="coarse is None"):
+        score_coarse_to_fine(PATCHES, PATCHES, coarse=None)
     with pytest.raises(UserError, match="none at patch 16"):
         score_coarse_to_fine(PATCHES[1:], PATCHES[1:])
     with pytest.raises(UserError, match="none finer than patch 4"):

@@ -81,6 +81,10 @@ def test_the_crossover_is_where_the_two_are_equal(rows, scale, said):
     assert found["FLOPs"] == found["time"] == said
 
 
+def test_one_patch_size_crosses_nowhere(rows):
+    assert crossovers([_row(rows[0], 4, 2), _row(rows[3], 4, 2)])["time"] == "scan takes less at 4 tokens"
+
+
 @pytest.mark.parametrize("memory", [6, 40])
 def test_the_largest_batch_fits_and_one_more_does_not(rows, memory):
     room = memory * 2**20

@@ -1,11 +1,15 @@
 """The plan in words: which checkpointing is named, and the command."""
 
+import itertools
+from collections import defaultdict
+
+import pytest
 from rich.console import Console
 
 from patchscale import console
 from patchscale.cli import main
 from patchscale.scaling.plan import Options, fit_memory, plan
-from patchscale.scaling.plan_report import fit_lines
+from patchscale.scaling.plan_report import _bytes, _plot, _seconds, fit_lines
 
 
 def test_the_cheapest_that_fits_is_named():
@@ -38,6 +42,58 @@ def test_a_width_of_any_number_of_heads_has_a_counterpart():
         Options("adventurer_tiny_patch16_224", img_size=32, patch_sizes=(16,), embed_dim=224, depth=1, gpu="a100")
     )
     assert {row.family for row in rows} == {"scan", "attention"}
+
+
+def test_the_picture_says_its_numbers(tmp_path):
+    options = Options("adventurer_tiny_patch16_224", gpu="a100", depth=1, patch_sizes=(16, 4, 1), batch_size=8)
+    figure = _plot(plan(options), defaultdict(lambda: "black"))
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            places = [tick.get_position()[axis is axes.yaxis] for tick in axis.get_majorticklabels()]
+            texts = [
+                t.get_text() for t, at in zip(axis.get_majorticklabels(), places, strict=True) if low <= at <= high
+            ]
+            assert len(texts) >= 2
+            assert not any("$" in text for text in texts)
+        boxes = [t.get_window_extent() for t in axes.xaxis.get_majorticklabels()]
+        assert all(left.x1 <= right.x0 + right.width / 2 for left, right in itertools.pairwise(boxes))
+    titles = [axes.title.get_window_extent() for axes in figure.axes if axes.title.get_text()]
+    titles += [axes._left_title.get_window_extent() for axes in figure.axes]
+    assert all(box.x1 <= figure.bbox.x1 for box in titles)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--patch-sizes 4 4", "--patch-sizes names 4 twice"),
+        ("--fit-memory 0GiB", "--fit-memory is '0GiB'"),
+        ("--device cpu", "give one of them"),
+        ("--plot p.jpg", "expected a name that ends in .png"),
+    ],
+)
+def test_flags_that_say_nothing_are_refused(flags, message, capsys):
+    assert main(f"plan deit_tiny_patch16 --img-size 8 --patch-sizes 4 --depth 1 --gpu a100 {flags}".split()) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.9996, "1 s"), (0.01234, "12.3 ms"), (86400 * 1234, "1,234 d"), (59.99, "1 min"), (3e-5, "0.03 ms")],
+)
+def test_seconds_have_three_digits(seconds, text):
+    assert _seconds(seconds) == text
+
+
+def test_bytes_have_three_digits():
+    assert [_bytes(n * 2**20) for n in (0.5, 1010, 1023, 1024, 1010 * 1024)] == [
+        "0.5 MiB",
+        "1,010 MiB",
+        "1,023 MiB",
+        "1 GiB",
+        "1,010 GiB",
+    ]
 
 
 def test_the_command(tmp_path, capsys):

@@ -94,8 +94,16 @@ def test_a_bad_csv_is_named(study, tmp_path):
             read_results(path)
 
 
+def test_a_spreadsheet_s_mark_at_the_beginning_is_no_part_of_the_file(tmp_path, study):
+    write_results(tmp_path / "results.csv", study)
+    text = (tmp_path / "results.csv").read_text()
+    (tmp_path / "marked.csv").write_text(text, encoding="utf-8-sig")
+    assert read_results(tmp_path / "marked.csv") == study
+
+
 def test_files_that_are_none_are_refused(tmp_path, study):
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "results.xlsx").touch()
     (tmp_path / "picture.jsonl").write_bytes(b"\xff\xfe\x00")
     for name, words in [
         ("none.jsonl", "no such file"),

@@ -113,6 +113,16 @@ def test_epochs_that_cannot_make_flops_equal_are_told(caplog):
     assert not caplog.text
 
 
+def test_at_equal_flops_a_model_of_several_patch_sizes_costs_their_mean():
+    sizes = [8, 4, 2, 1]
+    each = make_study({"all": TINY | {"patch_size": sizes, "epochs": 1}}, "s")
+    costs = [planned_flops(run.stages["train"]) for run in each.runs]
+    together = TINY | {"model": "adventurer_tiny_patch8", "patch_sizes": sizes, "epochs": 1}
+    (one,) = make_study({"all": together}, "s").runs
+    forward, training = planned_flops(one.stages["train"])
+    assert (forward, training) == (sum(f for f, _ in costs) // 4, sum(t for _, t in costs) // 4)
+
+
 def test_at_equal_flops_fewer_images_are_seen_more_often():
     study = make_study({"hold": "flops", "all": TINY | {"limit_train": [64, 640], "epochs": 2}}, "s")
     assert [run.stages["train"].epochs for run in study.runs] == [20, 2]

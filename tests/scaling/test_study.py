@@ -140,6 +140,8 @@ def test_no_outlook_where_the_law_fails(cell):
     assert "the law does not hold" in outlook(find_series(group_cells(worse))[0])
     perfect = [replace(c, top1=100.0) for c in cells]
     assert "nothing can be said of it: losses: entry 0 is 0" in outlook(find_series(group_cells(perfect))[0])
+    unlawful = [replace(c, val_loss=c.val_loss + 0.5 * (c.patch_size == 2)) for c in cells]
+    assert "the law does not hold for these losses" in outlook(find_series(group_cells(unlawful))[0])
 
 
 def test_a_patch_run_in_two_ways_is_refused(cell):

@@ -10,8 +10,8 @@ Array = NDArray[np.float64]
 
 # Constants that each form of the law leaves free.
 FREE: dict[str, int] = {"law": 3, "power": 2, "constant": 1}
-# Steepest law looked for: from the coarsest to the finest patch, e to this many times.
-STEEPEST = 20.0
+# Laws looked for: from the coarsest to the finest patch, e to so many times.
+GENTLEST, STEEPEST = 1e-3, 20.0
 
 
 class Curve(NamedTuple):
@@ -57,7 +57,10 @@ def fit_curve(places: Array, losses: Array, axis: str, name: str) -> Curve:
         found = float(np.sum((losses - _values(unit, polished)) ** 2))
         if found <= lowest or lowest < floor_of(losses):
             start, lowest = polished, found
-    return Curve(float(start[0]), float(start[1]), float(start[2] / span), reference, lowest)
+    l_inf, a, steepness = (float(value) for value in start)
+    nothing = 1e-9 * float(losses.max())  # what rounding leaves of a constant that is 0
+    l_inf, steepness = (l_inf if l_inf > nothing else 0.0), (steepness if a > nothing and steepness > 1e-9 else 0.0)
+    return Curve(l_inf, a, steepness / span, reference, lowest)
 
 
 def _values(unit: Array, constants: Array) -> Array:
@@ -103,7 +106,7 @@ def solve(unit: Array, losses: Array, name: str) -> tuple[Array, Array]:
         means = losses.mean(1)
         zeros = np.zeros_like(means)
         return np.stack([means, zeros, zeros], 1), np.sum((losses - means[:, None]) ** 2, 1)
-    grid = np.geomspace(1e-3, STEEPEST, 128)
+    grid = np.geomspace(GENTLEST, STEEPEST, 128)
     steepness, step = grid[None], float(grid[1] / grid[0])
     for _ in range(3):
         l_inf, a, sse = _linear_constants(np.exp(steepness[..., None] * (unit - 1)), losses, name)

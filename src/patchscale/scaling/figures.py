@@ -324,11 +324,18 @@ def _label(series: Series, every: Sequence[Series]) -> str:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Each line's name at its end, pushed apart where they would lie on one another."""
+    """Each line's name at its end, pushed apart where they would lie on one another.
+
+    A line that ends before the others has its name below its end, out of their way.
+    """
     low, high = axes.get_ylim()
     gap = 0.075 * (high - low) * max(text.count("\n") + 1 for _, _, text, _ in ends)
     placed: list[float] = []
+    last = max(x for x, _, _, _ in ends)
     for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
+        if x < last:
+            axes.annotate(text, (x, y), (-6, -8), textcoords="offset points", color=colour, ha="right", va="top")
+            continue
         height = max([y, *(other + gap for other in placed[-1:])])
         placed.append(height)
         axes.annotate(

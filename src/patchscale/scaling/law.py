@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from patchscale.errors import UserError
-from patchscale.scaling.curve import FREE, STEEPEST, Array, Curve, fit_curve, floor_of, solve, unit_places
+from patchscale.scaling.curve import FREE, GENTLEST, STEEPEST, Array, Curve, fit_curve, floor_of, solve, unit_places
 
 Axis = Literal["patch", "tokens", "flops"]
 FormName = Literal["law", "power", "constant"]
@@ -78,11 +78,9 @@ class Form:
             x: patch sizes (pixels), tokens or FLOPs, as the fit's axis says; any shape.
             runs: the interval is where the mean of this many new runs would fall; of the curve itself if None.
         """
-        places = np.asarray(x, np.float64)
-        if not np.all(np.isfinite(places) & (places > 0)):
-            raise UserError(f"cannot predict at {places.tolist()}: give numbers above 0")
-        if runs is not None and runs < 1:
-            raise UserError(f"runs is {runs}, expected 1 or more")
+        places = _places(x)
+        if runs is not None and (not isinstance(runs, int) or runs < 1):
+            raise UserError(f"runs is {runs}, expected a whole number from 1")
         value = self(places)
         if not len(self._draws):
             return Prediction(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
@@ -91,17 +89,16 @@ class Form:
         if runs is not None:
             generator = np.random.default_rng(1)
             drawn = drawn + generator.choice(self._noise, (*drawn.shape, runs)).mean(-1)
-        low, high = _interval(drawn, self._confidence)
-        return Prediction(value, low, high)
+        return _around(value, drawn, self._confidence)
 
     def predict_fall(self, start: float, end: float) -> Prediction:
         """How much lower the curve is at ``end`` than at ``start``, with an interval."""
+        start, end = _places([start, end])
         value = np.asarray(self(start) - self(end))
         if not len(self._draws):
             return Prediction(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
         at_start, at_end = ((x / self._reference) ** self._draws[:, 2] for x in (start, end))
-        low, high = _interval(self._draws[:, 1] * (at_start - at_end), self._confidence)
-        return Prediction(value, low, high)
+        return _around(value, self._draws[:, 1] * (at_start - at_end), self._confidence)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +117,7 @@ class LawFit:
     """Standard deviation of one run; NaN where nothing tells."""
     lack_of_fit: float | None
     """Chance of the patches' means missing the law so far if it held, judged by how far runs scatter that differ in
-    their seed alone, at each patch by its own; None without such runs."""
+    their seed alone, at each patch by its own; None without such runs, or where they agree exactly with the law."""
     drawn_in: tuple[int, ...]
     """Runs whose distance from their patch's median was shortened."""
     verdict: Verdict
@@ -183,6 +180,9 @@ def fit_law(
         UserError: fewer than three places, lengths that differ, or numbers that are not finite and above 0.
     """
     places, losses = _checked(x, loss, axis, confidence, noise)
+    for name, number in (("draws", draws), ("seed", seed)):
+        if not isinstance(number, int) or number < 0:
+            raise UserError(f"{name} is {number!r}, expected a whole number from 0")
     used, drawn_in = _draw_in(places, losses)
     fits = {name: fit_curve(places, used, axis, name) for name in FREE}
     free_runs = len(places) - FREE["law"]
@@ -201,7 +201,7 @@ def fit_law(
             fit.l_inf,
             fit.a / fit.reference**fit.alpha,
             fit.alpha,
-            _intervals(redrawn, fit, STEEPEST / abs(unit_places(places, axis)[2]), confidence),
+            _intervals(redrawn, fit, unit_places(places, axis)[2], confidence),
             fit.sse,
             aicc[name],
             relative[name] / sum(relative.values()),
@@ -212,8 +212,8 @@ def fit_law(
             confidence,
         )
     spread = noise if noise is not None else math.sqrt(fits["law"].sse / free_runs) if free_runs else math.nan
-    lack = _lack_of_fit(places, used, fits["law"])
-    verdict, words = _judge(places, used, forms, axis, confidence, lack)
+    lack = _lack_of_fit(places, losses, fits["law"])
+    verdict, words = _judge(places, losses, forms, axis, confidence, lack)
     return LawFit(axis, places, losses, forms, confidence, spread, lack, drawn_in, verdict, words)
 
 
@@ -255,6 +255,10 @@ def score_coarse_to_fine(
         UserError: the runs lack a coarse patch, or have no finer one.
     """
     places, losses = _checked(patch, loss, "patch", confidence, noise, least=1)
+    if form not in FREE:
+        raise UserError(f"form is {form!r}, expected one of {', '.join(FREE)}")
+    if not isinstance(coarse, Sequence) or not coarse:
+        raise UserError(f"coarse is {coarse!r}, expected the patch sizes to fit on, such as (16, 8, 4)")
     missing = sorted(set(coarse) - set(places), reverse=True)
     finer = sorted({p for p in places if p < min(coarse)}, reverse=True)
     if missing or not finer:
@@ -279,6 +283,9 @@ def _checked(
     names = {"patch": "patch sizes", "tokens": "numbers of tokens", "flops": "FLOPs"}
     if axis not in get_args(Axis):
         raise UserError(f"axis is {axis!r}, expected one of {', '.join(get_args(Axis))}")
+    for name, number in (("confidence", confidence), ("noise", noise)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
+            raise UserError(f"{name} is {number!r}, expected a number")
     if not 0 < confidence < 1:
         raise UserError(f"confidence is {confidence}, expected between 0 and 1, such as 0.9")
     if noise is not None and not (math.isfinite(noise) and noise > 0):
@@ -293,7 +300,7 @@ def _checked(
             "entry a run"
         )
     for what, values in ((names[axis], places), ("losses", losses)):
-        bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+        bad = np.flatnonzero(~((values > 1e-100) & (values < 1e100)))
         if len(bad):
             raise UserError(
                 f"{what}: entry {bad[0]} is {values[bad[0]]:g}, expected above 0 and finite; leave that run out"
@@ -360,21 +367,42 @@ def _redraw(
     return constants / np.array([1, 1, span])
 
 
+def _places(x: ArrayLike) -> Array:
+    try:
+        places = np.asarray(x, np.float64)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"cannot predict at {x!r}: give numbers above 0") from e
+    if not np.all(np.isfinite(places) & (places > 0)):
+        raise UserError(f"cannot predict at {places.tolist()}: give numbers above 0")
+    return places
+
+
+def _around(value: Array, drawn: Array, confidence: float) -> Prediction:
+    """Refits to all but exact points are coarser than the fit: without this it could lie outside their interval."""
+    low, high = _interval(drawn, confidence)
+    return Prediction(value, np.minimum(low, value), np.maximum(high, value))
+
+
 def _interval(drawn: Array, confidence: float) -> tuple[Array, Array]:
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return low, high
 
 
-def _intervals(draws: Array, fit: Curve, steepest: float, confidence: float) -> dict[str, tuple[float, float]]:
+def _intervals(draws: Array, fit: Curve, span: float, confidence: float) -> dict[str, tuple[float, float]]:
     names = ("L_inf", "A", "alpha")
     if not len(draws):
         return dict.fromkeys(names, (math.nan, math.nan))
     at_one = draws[:, 1] * fit.reference ** -draws[:, 2]
     columns = np.stack([draws[:, 0], at_one, draws[:, 2]], 1)
     low, high = _interval(columns, confidence)
-    if max(abs(low[2]), abs(high[2])) >= steepest * (1 - 1e-6):  # where the search ends, not the interval
-        (high if high[2] > 0 else low)[2] = math.copysign(math.inf, high[2])
-        if (fit.reference > 1) == (high[2] > 0):
+    # Where the search for alpha ends, the interval does not.
+    gentlest, steepest = GENTLEST / abs(span), STEEPEST / abs(span)
+    near, far = (low, high) if span > 0 else (high, low)
+    if abs(near[2]) <= gentlest * (1 + 1e-6):
+        near[2] = 0.0
+    if abs(far[2]) >= steepest * (1 - 1e-6):
+        far[2] = math.copysign(math.inf, span)
+        if (fit.reference > 1) == (span > 0):
             low[1] = 0.0
         else:
             high[1] = math.inf
@@ -403,29 +431,35 @@ def _held_out_errors(places: Array, losses: Array, axis: str) -> dict[str, float
 
 
 def _lack_of_fit(places: Array, losses: Array, fit: Curve) -> float | None:
-    """Chance of the patches' means missing the law so far if it held, whatever each patch's own scatter.
+    """Chance of the patches' means missing the law so far if it held, at whatever scatter each patch has.
 
     How far they miss is set beside what their own scatters make of it on average, and both numbers of degrees of
     freedom follow from those scatters: M. Brown and A. Forsythe, Technometrics 16 (1974), for means about a common one,
-    here about the law made linear. The plain F-test takes one scatter for all: where one of five patches' three seeds
-    scatter six times as far, it rejects a true law in up to 29% of cases at 5%, and this one in up to 10%.
+    here about the law made linear. A patch with a single run is taken to scatter as the others do together. The plain
+    F-test takes one scatter for all: where one of five patches' three seeds scatter six times as far, it rejects a true
+    law in up to 29% of cases at 5%, and this one in up to 10%.
     """
     points, counts = np.unique(places, return_counts=True)
     here = [losses[places == p] for p in points]
+    means = np.array([each.mean() for each in here])
     squares = np.array([np.sum((each - each.mean()) ** 2) for each in here])
     repeats, spare = len(places) - len(points), len(points) - FREE["law"]
-    if repeats < 1 or spare < 1 or squares.sum() <= floor_of(losses):
+    if repeats < 1 or spare < 1:
         return None
-    single = counts == 1  # tell nothing of their own scatter
-    scatter = np.where(single, squares.sum() / repeats, squares / np.maximum(counts - 1, 1))
-    freedom = np.where(single, repeats, counts - 1)
-    means = np.array([each.mean() for each in here])
+    missed = float(np.sum(counts * (means - fit(points)) ** 2))
+    if squares.sum() <= floor_of(losses):  # seeds that agree exactly
+        return 0.0 if missed > floor_of(losses) else None
+    several = counts > 1
+    own = squares / np.maximum(counts - 1, 1)
+    scatter = np.where(several, own, squares.sum() / repeats)
     left = np.eye(len(points)) - _projection(points, counts, fit)
-    expected = np.diag(left) * scatter
-    ratio = float(np.sum(counts * (means - fit(points)) ** 2) / expected.sum())
-    above = expected.sum() ** 2 / np.trace(np.linalg.matrix_power(left * scatter, 2))
-    below = expected.sum() ** 2 / np.sum(expected**2 / freedom)
-    return float(stats.f.sf(ratio, above, below))
+    share = np.diag(left)
+    expected = float(np.sum(share * scatter))
+    above = expected**2 / np.trace(np.linalg.matrix_power(left * scatter, 2))
+    # What is expected, as a sum over the scatters that were found.
+    parts = (share + share[~several].sum() * (counts - 1) / repeats)[several] * own[several]
+    below = expected**2 / np.sum(parts**2 / (counts[several] - 1))
+    return float(stats.f.sf(missed / expected, above, below))
 
 
 def _projection(points: Array, counts: NDArray[np.intp], fit: Curve) -> Array:
@@ -478,9 +512,12 @@ def _judge(
         reasons.append(f"a power law without it describes them {better} (AICc {power.aicc - law.aicc:+.1f})")
     if reasons:
         return "undetermined", f"These runs do not determine L_inf: {'; '.join(reasons)}.{rise}"
-    how = f"chance of a scatter as large: {_chance(lack)}" if lack is not None else "single runs cannot test the fit"
-    if repeated and lack is None:
+    if lack is not None:
+        how = f"chance of a scatter as large: {_chance(lack)}"
+    elif len(order) <= FREE["law"]:
         how = "three patch sizes cannot test the fit"
+    else:
+        how = "every run is on the curve" if repeated else "single runs cannot test the fit"
     return "holds", f"The law holds here as far as these runs tell ({how}), and they determine L_inf.{rise}"
 
 

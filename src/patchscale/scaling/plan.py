@@ -150,6 +150,9 @@ def subjects(options: Options) -> list[Subject]:
     img_size = to_2tuple(size)
     if not options.patch_sizes:
         raise UserError("--patch-sizes names none")
+    twice = next((size for size in options.patch_sizes if options.patch_sizes.count(size) > 1), None)
+    if twice is not None:
+        raise UserError(f"--patch-sizes names {twice} twice")
     for patch_size in options.patch_sizes:
         grid_size(img_size, patch_size)
     for name, value in {"batch-size": options.batch_size, "images": options.images}.items():
@@ -197,9 +200,11 @@ def plan(options: Options, note: Callable[[str], None] = lambda text: None) -> l
         A row for each patch size of the model asked for, then of its counterpart.
 
     Raises:
-        UserError: as :func:`subjects`, an unknown GPU or device.
+        UserError: as :func:`subjects`, an unknown GPU or device, or both.
     """
     every = subjects(options)
+    if options.gpu is not None and options.device is not None:
+        raise UserError("--gpu is an estimate and --device is measured on: give one of them")
     machine = find_gpu(options.gpu) if options.gpu is not None else None
     device = torch.device("meta") if machine is not None else resolve_device(options.device)
     measured = None if machine is not None else measure_machine(device, options.precision)
@@ -355,8 +360,6 @@ class Fit:
     recompute: Recompute
     batch: int
     """The most; 0 if not one does."""
-    images_per_second: float
-    """At that batch."""
 
 
 def fit_memory(options: Options, rows: Sequence[Row], memory: int) -> list[Fit]:
@@ -381,9 +384,7 @@ def fit_memory(options: Options, rows: Sequence[Row], memory: int) -> list[Fit]:
                 return subject.cost(patch_size, batch, options.precision, recompute).peak
 
             batch = largest_batch(peak_of, room, (cost.batch, cost.peak))
-            # Forward and backward as dear as the cost model says, in proportion to what is known of one of them.
-            speed = cost.batch / row.seconds * row.cost.training_flops / cost.training_flops
-            fits.append(Fit(row.patch_size, recompute, batch, speed if batch else 0.0))
+            fits.append(Fit(row.patch_size, recompute, batch))
     return fits
 
 
@@ -394,7 +395,7 @@ def read_memory(text: str) -> int:
         UserError: it is none.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)\s*", text)
-    if match is None:
+    if match is None or not float(match[1]):
         raise UserError(f"--fit-memory is {text!r}, expected a number and a unit, as in 80GiB or 512MB")
     return int(float(match[1]) * _UNITS[match[2]])
 
@@ -423,4 +424,6 @@ def _crossover(rows: Sequence[Row], value: Callable[[Row], float]) -> str:
             where = math.exp(math.log(before) + math.log(after / before) * above / (above - below))
             return f"the scan takes less from about {where:,.0f} tokens on"
     less = "scan" if start <= 0 else "attention"
+    if first == last:
+        return f"{less} takes less at {first:,} tokens"
     return f"{less} takes less throughout, from {first:,} to {last:,} tokens"

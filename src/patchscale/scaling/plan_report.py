@@ -1,14 +1,16 @@
 """A plan as a table, in words and as a picture."""
 
+import math
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from patchscale.errors import UserError
 from patchscale.files import make_folder, write_atomically
 from patchscale.scaling.figures import Palette, amount, draw
 from patchscale.scaling.plan import SPARE, Fit, Options, Row, crossovers, find_gpu, fit_memory, plan, read_memory
@@ -28,6 +30,8 @@ def show_plan(options: Options, print_: Callable[[Any], None], note: Callable[[s
     """
     memory = None if options.fit_memory is None else read_memory(options.fit_memory)
     if options.plot is not None:
+        if options.plot.suffix != ".png":
+            raise UserError(f"--plot is {options.plot}, expected a name that ends in .png")
         make_folder(options.plot.resolve().parent)
     rows = plan(options, note)
     print_(table_of(options, rows))
@@ -36,7 +40,8 @@ def show_plan(options: Options, print_: Callable[[Any], None], note: Callable[[s
         parameters = [row.cost.parameters / 1e6 for row in own]
         width, depth = own[0].subject.embed_dim, own[0].subject.depth
         size = f"width {width}, {depth} blocks, {min(parameters):.4g} to {max(parameters):.4g} M parameters"
-        print_(f"{family}: {own[0].subject.name}, {size}")
+        other = {"scan": "an Adventurer", "attention": "a DeiT"}[family]
+        print_(f"{family}: {own[0].subject.name if own[0].subject is rows[0].subject else other}, {size}")
     for name, text in crossovers(rows).items():
         print_(f"{name}: {text}")
     if memory is not None:
@@ -107,31 +112,35 @@ def fit_lines(options: Options, fits: Sequence[Fit]) -> list[str]:
 
 
 def _bytes(number: int) -> str:
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30)):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 2**20:.3g} MiB"
+    return _in_units(number, {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20})
 
 
 def _seconds(seconds: float) -> str:
-    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
-        if seconds >= size:
-            return f"{seconds / size:,.3g} {unit}"
-    return f"{1000 * seconds:.3g} ms"
+    return _in_units(seconds, {"d": 86400, "h": 3600, "min": 60, "s": 1, "ms": 1e-3})
+
+
+def _in_units(amount: float, units: dict[str, float]) -> str:
+    """Three digits, or all of a whole number, in the largest unit that there is one of, or the last."""
+    unit, size = next(((u, s) for u, s in units.items() if amount >= 0.9995 * s), [*units.items()][-1])
+    number = amount / size
+    return f"{number:.3g} {unit}" if number < 999.5 else f"{number:,.0f} {unit}"
 
 
 def _plot(rows: Sequence[Row], palette: Palette) -> Figure:
     figure = Figure(figsize=(11, 3.6), layout="constrained", facecolor=palette["paper"])
     panels: dict[str, Callable[[Row], float]] = {
-        "time (s an image)": lambda row: row.seconds / row.cost.batch,
-        "memory (GiB an image)": lambda row: row.cost.peak / row.cost.batch / 2**30,
-        "training FLOPs (an image)": lambda row: row.cost.training_flops / row.cost.batch,
+        "time of an image": lambda row: row.seconds / row.cost.batch,
+        "memory of an image (GiB)": lambda row: row.cost.peak / row.cost.batch / 2**30,
+        "training FLOPs of an image": lambda row: row.cost.training_flops / row.cost.batch,
     }
+    labels: list[Callable[[float], str]] = [_seconds, lambda value: f"{value:g}", lambda value: f"{amount(value)}F"]
     crossed = dict(zip(panels, (crossovers(rows)[name] for name in ("time", "memory", "FLOPs")), strict=True))
-    for axes, (name, value) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    for axes, (name, value), label in zip(figure.subplots(1, 3), panels.items(), labels, strict=True):
+        drawn: list[float] = []
         for colour, family in (("c0", "scan"), ("c1", "attention")):
             own = sorted((row for row in rows if row.family == family), key=lambda row: row.cost.tokens)
             tokens, values = [row.cost.tokens for row in own], [value(row) for row in own]
+            drawn += values
             axes.plot(
                 tokens,
                 values,
@@ -141,11 +150,15 @@ def _plot(rows: Sequence[Row], palette: Palette) -> Figure:
                 markersize=4,
             )
         axes.set(xscale="log", yscale="log", xlabel="tokens")
-        axes.set_title(f"{name}\n{crossed[name]}", loc="left", color=palette["ink"], fontsize=8.5)
-        axes.set_xticks(tokens, [f"{t:,}" for t in tokens])
-        axes.xaxis.set_minor_locator(NullLocator())
+        what = "\n".join(textwrap.wrap(crossed[name], 50))
+        axes.set_title(f"{name}\n{what}", loc="left", color=palette["ink"], fontsize=8.5)
+        axes.set_xticks(tokens, [f"{t:,}" for t in tokens], rotation=30)
+        decades = range(math.floor(math.log10(min(drawn))), math.ceil(math.log10(max(drawn))) + 1)
+        axes.set_yticks([10.0**d for d in decades], [label(10.0**d) for d in decades])
+        axes.set_ylim(0.7 * min(drawn), 1.4 * max(drawn))
+        axes.minorticks_off()
         axes.tick_params(colors=palette["muted"])
         axes.grid(axis="y", color=palette["rule"], linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, labelcolor=palette["ink"], fontsize=8)
+    axes.legend(frameon=False, labelcolor=palette["ink"], fontsize=8, loc="lower right")
     return figure

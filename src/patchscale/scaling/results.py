@@ -161,12 +161,12 @@ def read_results(path: Path) -> list[Cell]:
     """
     if path.is_dir():
         path = path / FILE
+    if not path.exists():
+        raise UserError(f"no such file of results: {path}")
     if path.suffix not in (".jsonl", ".csv"):
         raise UserError(f"{path} is no file of results: expected .jsonl or .csv, as `patchscale sweep` writes them")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as e:
-        raise UserError(f"no such file of results: {path}") from e
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a mark
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
     except UnicodeDecodeError as e:

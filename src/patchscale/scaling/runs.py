@@ -218,13 +218,18 @@ def _images(data: str, limit: int | None) -> int:
 
 
 def planned_flops(recipe: Recipe) -> tuple[int, int]:
-    """Of a recipe's model: FLOPs of one image forward, and of one image in training."""
+    """Of a recipe's model: FLOPs of one image forward, and of one image in training; the mean of its patch sizes."""
     sources = _open(recipe.data)
-    with torch.device("meta"):
-        model = create_model(recipe.model, model_arguments(recipe, sources))
-        module = trained_module(recipe, model)
-    height, width = to_2tuple(recipe.img_size or model.pretrained_cfg["input_size"][-1])  # type: ignore[index]
-    return image_flops(module, sources.channels, (height, width))
+    found = []
+    for patch_size in recipe.patch_sizes or [None]:
+        arguments = model_arguments(recipe, sources) | ({} if patch_size is None else {"patch_size": patch_size})
+        with torch.device("meta"):
+            model = create_model(recipe.model, arguments)
+            module = trained_module(recipe, model)
+        height, width = to_2tuple(recipe.img_size or model.pretrained_cfg["input_size"][-1])  # type: ignore[index]
+        found.append(image_flops(module, sources.channels, (height, width)))
+    forward, training = (sum(each) // len(found) for each in zip(*found, strict=True))
+    return forward, training
 
 
 def image_flops(model: nn.Module, channels: int, img_size: tuple[int, int]) -> tuple[int, int]:

@@ -316,6 +316,8 @@ def outlook(series: Series, confidence: float = 0.9) -> str:
     finest, first = series.patches[-1], series.first
     patch = next(size for size in range(max(finest // 2, 1), 0, -1) if first.img_size % size == 0)
     try:
+        if fit_series(series, "loss", "patch", confidence).verdict == "fails":
+            return f"Patch {patch} was not run, and nothing can be said of it: the law does not hold for these losses."
         fit = fit_series(series, "error", "patch", confidence)
     except UserError as e:
         return f"Patch {patch} was not run, and nothing can be said of it: {e}."

@@ -79,10 +79,12 @@ def sweep(
         One row for each run.
 
     Raises:
-        UserError: the folder holds other runs of these names, a run cannot be made, or some failed: all others are
-            finished then.
+        UserError: fewer than one job; the folder holds other runs of these names, a run cannot be made, or some failed:
+            all others are finished then.
         Interrupted: a stop signal came; each run has saved, and the same call goes on.
     """
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs is {jobs}, expected at least 1 run at a time")
     prepare(study, folder)
     states = [State(run, cost=_planned_cost(run)) for run in study.runs]
     for state in states:
