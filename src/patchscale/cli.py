@@ -90,7 +90,7 @@ def models(pattern: tyro.conf.Positional[str] = "*_224") -> None:
         for size, patch, img, name in family.names():
             short = not name.endswith(f"_{img}")  # shown where it is asked for, and not beside the whole name
             if fnmatch.fnmatch(name, pattern) and not (short and fnmatch.fnmatch(f"{name}_{img}", pattern)):
-                top1 = published_top1(name)
+                top1 = published_top1(f"{name}_{img}" if short else name)
                 parameters = family.count(**family.sizes[size], patch_size=patch, img_size=img) / 1e6
                 tokens = (img // patch) ** 2 + 1
                 table.add_row(name, f"{tokens:,}", f"{parameters:.1f}", "" if top1 is None else f"{top1:.1f}")

@@ -280,3 +280,8 @@ def test_sizes_that_do_not_fit_are_refused(arguments, words):
     with pytest.raises(UserError) as error:
         ViT(**(SMALL | arguments))
     assert all(word in str(error.value) for word in words)
+
+
+def test_padding_is_refused_rather_than_passed_over():
+    with pytest.raises(UserError, match="dynamic_img_pad is not for this model"):
+        timm.create_model("deit_tiny_patch16", depth=1, dynamic_img_size=True, dynamic_img_pad=True)

@@ -1,5 +1,6 @@
 """From a weight file to a model and back: logits survive every way in and out."""
 
+import argparse
 import contextlib
 import json
 import logging
@@ -158,15 +159,91 @@ def test_timms_state_dicts_give_timms_values(name, tmp_path, assert_near):
     assert_near(own(x), timms(x), 1e-5)
 
 
+def test_heads_of_a_bare_state_dict_are_those_of_its_width(tmp_path, assert_near):
+    timms = timm.create_model("vit_huge_patch14_224", img_size=28, depth=1, num_classes=5).eval()  # 16 heads of 80
+    save_file(timms.state_dict(), tmp_path / "bare.safetensors")
+    own = create_from_checkpoint(read_checkpoint(tmp_path / "bare.safetensors")).eval()
+    x = torch.randn(1, 3, 28, 28)
+    assert_near(own(x), timms(x), 1e-5)
+
+
+def test_a_class_token_with_a_position_is_not_taken_for_one_without(tmp_path):
+    """3 x 5 patches and a class token have as many positions as 4 x 4 patches."""
+    timms = timm.create_model("vit_tiny_patch16_224", img_size=(48, 80), depth=1, num_classes=5)
+    save_file(timms.state_dict(), tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="15 patches, which make no square grid"):
+        create_from_checkpoint(read_checkpoint(tmp_path / "bare.safetensors"))
+
+
+def test_deit_iii_s_own_files_load(tmp_path, assert_near):
+    timms = timm.create_model("deit3_small_patch16_224", img_size=48, depth=1, num_classes=5).eval()
+    torch.save({"model": timms.state_dict(), "args": argparse.Namespace(model="deit_small")}, tmp_path / "deit3.pth")
+    own = create_from_checkpoint(read_checkpoint(tmp_path / "deit3.pth")).eval()
+    x = torch.randn(1, 3, 48, 48)
+    assert_near(own(x), timms(x), 1e-5)
+    again = timm.create_model("deit3_small_patch16_224", img_size=48, depth=1, num_classes=5).eval()
+    assert_near(load_weights(again, tmp_path / "deit3.pth")(x), timms(x), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_18x2_224", "vit_base_patch16_xp_224"])
+def test_models_of_timm_with_other_blocks_load(name, tmp_path):
+    model = timm.create_model(name, depth=1, img_size=32)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    assert load_weights(model, tmp_path / "a.pth") is model
+
+
+def test_a_record_of_a_name_and_an_image_size_tells_the_grid(tmp_path, assert_near):
+    model = timm.create_model("pixel_transformer_tiny_patch4_32", depth=1, num_classes=4, pos_embed="sincos").eval()
+    record = {"depth": 1, "num_classes": 4, "pos_embed": "sincos", "img_size": (32, 32)}
+    name = "pixel_transformer_tiny_patch4_32"
+    torch.save({"model": model.state_dict(), "model_name": name, "model_args": record}, tmp_path / "a.pt")
+    loaded = create_from_checkpoint(read_checkpoint(tmp_path / "a.pt"), patch_size=2).eval()
+    model.set_input_size(patch_size=2)
+    x = torch.randn(1, 3, 32, 32)
+    assert_near(loaded(x), model(x), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "record", [{"norm_layer": 3}, {"attn_layer": "nope"}, {"pos_grid": "ab", "img_size": 64, "patch_size": 16}]
+)
+def test_a_hostile_record_is_one_clear_error(record, tmp_path):
+    state = timm.create_model("deit_tiny_patch16", depth=1).state_dict()
+    torch.save({"model": state, "model_name": "deit_tiny_patch16", "model_args": record}, tmp_path / "a.pt")
+    with pytest.raises(UserError):
+        create_from_checkpoint(read_checkpoint(tmp_path / "a.pt"))
+
+
+def test_the_record_of_a_deep_model_is_not_built(tmp_path, monkeypatch):
+    made = []
+    real = timm.create_model
+    model = vit()
+    file = save_run(model, tmp_path / "run.pt", depth=100_000)
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: made.append(k.get("depth")) or real(*a, **k))
+    load_weights(model, file)
+    assert made == [1]
+
+
+def test_a_run_of_several_stages_names_them(tmp_path):
+    for stage in ("1_pretrain", "2_finetune"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "best.pt").touch()
+    with pytest.raises(UserError, match="several stages; name one of them: 1_pretrain, 2_finetune"):
+        read_checkpoint(tmp_path)
+
+
 def test_a_distilled_deit_is_refused_by_its_second_token(tmp_path):
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", depth=1)
     save_file(distilled.state_dict(), tmp_path / "distilled.safetensors")
-    with pytest.raises(UserError, match=r"dist_token.*class token and no other"):
+    with pytest.raises(UserError, match=r"dist_token.*a distilled DeiT's"):
         create_from_checkpoint(read_checkpoint(tmp_path / "distilled.safetensors"))
+    with pytest.raises(UserError, match=r"dist_token.*a distilled DeiT's"):
+        load_weights(timm.create_model("deit_tiny_patch16", depth=1), tmp_path / "distilled.safetensors")
+    load_weights(distilled, tmp_path / "distilled.safetensors")
 
 
-def test_a_state_dict_that_may_be_either_familys_says_for_which_it_is_taken(tmp_path, caplog):
-    pixels = timm.create_model("pixel_transformer_tiny_patch1_32", img_size=4, depth=1, num_classes=5)
+@pytest.mark.parametrize("patch", [1, 2])
+def test_a_state_dict_that_may_be_either_familys_says_for_which_it_is_taken(patch, tmp_path, caplog):
+    pixels = timm.create_model(f"pixel_transformer_tiny_patch{patch}_32", img_size=4, depth=1, num_classes=5)
     save_file(pixels.state_dict(), tmp_path / "bare.safetensors")
     with caplog.at_level(logging.WARNING):
         model = create_from_checkpoint(read_checkpoint(tmp_path / "bare.safetensors"))

@@ -276,6 +276,12 @@ def test_bad_arguments_are_refused(arguments, message):
         MaskedAutoencoder(encoder("vit"), **arguments)
 
 
+@pytest.mark.parametrize("arguments", [{"extend": 2}, {"dynamic_img_size": True}, {"patch_drop_rate": 0.5}])
+def test_models_that_choose_their_patches_are_refused(arguments):
+    with pytest.raises(UserError, match="leave out"):
+        MaskedAutoencoder(encoder("vit", **arguments))
+
+
 def test_models_of_timm_are_refused():
     with pytest.raises(UserError, match="models of this library, not timm's VisionTransformer"):
         MaskedAutoencoder(timm.create_model("test_vit"))

@@ -82,6 +82,18 @@ def test_fixed_positions_stay_on_their_map_when_the_patch_shrinks(recipe, tmp_pa
     assert evaluate(str(result.folder / "last.pt")).scores == result.scores
 
 
+def test_fixed_positions_stay_on_their_map_where_one_model_is_for_many_patches(recipe, tmp_path):
+    settings = {"model": "deit_tiny_patch8", "embed_dim": 24, "pos_embed": "sincos", "limit_train": 64}
+    coarse = train(recipe(**settings, patch_size=8, epochs=1, output=tmp_path / "coarse"))
+    more = settings | {"weights": str(coarse.folder), "patch_sizes": (8, 4, 2), "patch_size": None, "epochs": 2}
+    whole = train(recipe(**more, output=tmp_path / "whole"))
+    assert evaluate(str(whole.folder / "last.pt")).scores == whole.scores
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(**more, output=tmp_path / "parts"), observer=Interrupt(after=1))
+    resumed = train(recipe(**more, output=tmp_path / "parts"))
+    assert_same(weights_of(whole.folder), weights_of(resumed.folder))
+
+
 def test_the_average_of_the_weights_is_evaluated_and_kept(recipe):
     result = train(recipe(ema_decay=0.9))
     found = evaluate(str(result.folder / "last.pt"), which="ema")

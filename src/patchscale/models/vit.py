@@ -70,6 +70,8 @@ class ViT(Backbone, VisionTransformer):  # type: ignore[misc]  # it takes a patc
         for name in ("embed_dim", "depth", "num_heads", "in_chans"):
             if kwargs.get(name, 1) < 1:
                 raise UserError(f"{name} is {kwargs[name]}, expected at least 1")
+        if kwargs.get("dynamic_img_pad"):
+            raise UserError("dynamic_img_pad is not for this model: resize or pad images to a whole number of patches")
         embed_dim, heads = kwargs.get("embed_dim", 768), kwargs.get("num_heads", 12)
         if embed_dim % heads:
             raise UserError(

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import pickle
 import pickletools
 import re
 import urllib.error
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -48,12 +50,13 @@ class Checkpoint(NamedTuple):
     def grid(self) -> tuple[int, int] | None:
         """The (rows, columns) of patches that have positions, None if the file does not tell."""
         config = self.extra.get("model_args")
-        if isinstance(config, dict) and {"img_size", "patch_size"} <= config.keys():
+        kernel = self.weights.get("patch_embed.proj.weight")
+        if isinstance(config, dict) and "img_size" in config and kernel is not None and kernel.ndim == 4:
             try:
                 if config.get("pos_grid") is not None:
                     rows, columns = to_2tuple(config["pos_grid"])
-                    return rows, columns
-                rows, columns = grid_size(config["img_size"], config["patch_size"])
+                    return int(rows), int(columns)
+                rows, columns = grid_size(config["img_size"], (kernel.shape[2], kernel.shape[3]))
                 extend = int(config.get("extend", 1))
                 return rows * extend, columns * extend
             except (TypeError, ValueError) as e:
@@ -62,7 +65,7 @@ class Checkpoint(NamedTuple):
         positions = self.weights.get("pos_embed")
         if positions is None or not isinstance(self.extra.get("args"), argparse.Namespace):
             return None
-        side = square_side(positions.shape[1] - sum(name in self.weights for name in ("cls_token", "dist_token")))
+        side = square_side(positions.shape[1] - class_entries(self.weights))
         return side, side
 
     @property
@@ -73,6 +76,13 @@ class Checkpoint(NamedTuple):
             return config["flip"]
         # Files of the published code hold its command line; that code runs one rule only.
         return "released" if isinstance(self.extra.get("args"), argparse.Namespace) else None
+
+
+def class_entries(weights: dict[str, Tensor]) -> int:
+    """How many positions of a state dict are the class token's: one; none in DeiT III, whose layers are scaled."""
+    entries = weights["pos_embed"].shape[1]
+    none = "blocks.0.ls1.gamma" in weights and math.isqrt(entries) ** 2 == entries
+    return int("cls_token" in weights and not none)
 
 
 def read_checkpoint(source: str | os.PathLike, which: Which = "model") -> Checkpoint:
@@ -106,6 +116,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, strict: bool = True, resize: 
     """
     weights = dict(checkpoint.weights)
     own = model.state_dict()
+    refuse_more_tokens(weights.keys() - own.keys(), checkpoint.path)
     resized = fit_tokens(model, weights, checkpoint.grid, resize)
     head_keys = sorted(k for k in weights if k.split(".")[0] == "head")  # safetensors has an order of its own
     own_head = sorted(k for k in own if k.split(".")[0] == "head")
@@ -134,6 +145,19 @@ def fill(model: nn.Module, checkpoint: Checkpoint, strict: bool = True, resize: 
         model.pos_grid = checkpoint.grid  # type: ignore[assignment]
         update_model_args(model, pos_grid=checkpoint.grid)
     return resized
+
+
+def refuse_more_tokens(names: Set[str], path: Path) -> None:
+    """Refuse weights with tokens beside the class token, which change what all positions mean.
+
+    Raises:
+        UserError: naming them.
+    """
+    more = {"dist_token": "a distilled DeiT's: take the file of the same size that is not", "reg_token": "registers"}
+    for name in sorted(more.keys() & names):
+        raise UserError(
+            f"{path} has a {name} ({more[name]}); create the model that has one, by timm, and load the file into that"
+        )
 
 
 def fit_for_timm(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -229,6 +253,9 @@ def _locate(source: str | os.PathLike) -> Path:
         weights = known[:1] or sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
         if len(weights) == 1:
             return weights[0]
+        stages = sorted(f.parent.name for f in path.glob("*/best.pt"))
+        if stages and not weights:
+            raise UserError(f"{path} is a run of several stages; name one of them: {', '.join(stages)}")
         raise UserError(f"{path} holds {len(weights)} weight files; name one of them")
     if path.exists():
         return path

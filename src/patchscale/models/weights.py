@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import re
 from pathlib import Path
@@ -20,9 +19,9 @@ from patchscale.errors import UserError, first_line
 from patchscale.files import make_folder, write_atomically
 from patchscale.models.adventurer import Adventurer
 from patchscale.models.backbone import Backbone
-from patchscale.models.published import ADVENTURER, DEIT, PATCH_SIZES
+from patchscale.models.published import ADVENTURER, DEIT, PATCH_SIZES, PIXEL_TRANSFORMER
 from patchscale.models.tokens import Resize, square_side
-from patchscale.models.weight_files import Checkpoint, Which, fill, read_checkpoint
+from patchscale.models.weight_files import Checkpoint, Which, class_entries, fill, read_checkpoint, refuse_more_tokens
 
 _logger = logging.getLogger(__name__)
 
@@ -83,6 +82,8 @@ def difference_warning(model: nn.Module, checkpoint: Checkpoint) -> str:
         return ""
     texts = [f"{name}={value!r} (the model has {own[name]!r})" for name, value in wanted.items()]
     way_out = "create the model with " + ", ".join(f"{name}={value!r}" for name, value in wanted.items())
+    if "num_heads" in wanted:
+        way_out += f", as {checkpoint.extra['model_name']} has"
     if "flip" in wanted:
         way_out += ", or let `patchscale eval --flip auto` choose on labelled images"
     return f"{checkpoint.path.name} goes with {', '.join(texts)}: {way_out}"
@@ -95,7 +96,9 @@ def _untraced(model: nn.Module | None) -> dict[str, Any]:
         found["flip"] = model.flip
     if isinstance(model, VisionTransformer):
         blocks: Any = model.blocks
-        found["num_heads"] = blocks[0].attn.num_heads
+        heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None)  # timm has blocks of other kinds too
+        if heads is not None:
+            found["num_heads"] = heads
     if isinstance(model, Backbone):
         found["pos_embed"] = model.positions
     return found
@@ -107,8 +110,8 @@ def _recorded_model(checkpoint: Checkpoint) -> nn.Module | None:
     if not isinstance(name, str) or not isinstance(arguments, dict) or not timm.is_model(name):
         return None
     try:
-        with torch.device("meta"):
-            return timm.create_model(name, **_FROM_NOWHERE, **arguments)
+        with torch.device("meta"):  # one block tells
+            return timm.create_model(name, **_FROM_NOWHERE, **(arguments | {"depth": 1}))
     except (UserError, TypeError, ValueError, KeyError, RuntimeError, AssertionError):
         return None
 
@@ -116,22 +119,16 @@ def _recorded_model(checkpoint: Checkpoint) -> nn.Module | None:
 def infer_model_args(weights: dict[str, Tensor]) -> dict[str, Any]:
     """The constructor arguments of the Adventurer or ViT that a state dict belongs to, read off its tensors' shapes.
 
-    The grid is taken to be square. A ViT's heads leave no trace in the shapes: they are taken to be of 64 channels, as
-    DeiT's and ViT's are (the tiny pixel transformer's are not; this library's own files say so).
+    The grid is taken to be square. A ViT's heads leave no trace in the shapes: they are taken to be as many as DeiT's
+    and ViT's are at that width (the tiny pixel transformer's are not; this library's own files say so).
 
     Raises:
         UserError: the tensors are of neither.
     """
     is_vit = "blocks.0.attn.qkv.weight" in weights
-    more = next((name for name in ("dist_token", "reg_token") if name in weights), None)
-    if more is not None:
-        raise UserError(
-            f"these weights have a {more}: models here have a class token and no other, so take the file without "
-            "(deit_base_patch16_224, not deit_base_distilled_patch16_224)"
-        )
     try:
         embed_dim, in_chans, *patch = weights["patch_embed.proj.weight"].shape
-        grid = square_side(weights["pos_embed"].shape[1] - _class_token_has_position(weights))
+        grid = square_side(weights["pos_embed"].shape[1] - class_entries(weights))
         depth = 1 + max(int(m[1]) for k in weights if (m := re.match(r"(?:layers|blocks)\.(\d+)\.", k)))
         return {
             "img_size": (grid * patch[0], grid * patch[1]),
@@ -156,25 +153,21 @@ def _adventurer_args(weights: dict[str, Tensor], embed_dim: int) -> dict[str, An
     return {"d_state": d_state, "headdim": d_inner // heads, "expand": d_inner // embed_dim}
 
 
-def _class_token_has_position(weights: dict[str, Tensor]) -> bool:
-    """As in all models but DeiT III's and its like; the grid is square either way, which tells."""
-    entries = weights["pos_embed"].shape[1]
-    return "cls_token" in weights and math.isqrt(entries) ** 2 != entries
-
-
 def _vit_args(weights: dict[str, Tensor], embed_dim: int) -> dict[str, Any]:
     has_class_token = "cls_token" in weights
-    if (embed_dim, *weights["patch_embed.proj.weight"].shape[2:]) == (192, 1, 1):
+    heads = {size["embed_dim"]: size["num_heads"] for size in DEIT.sizes.values()}
+    patch = max(weights["patch_embed.proj.weight"].shape[2:])
+    if embed_dim == PIXEL_TRANSFORMER.sizes["tiny"]["embed_dim"] and patch <= 8:
         _logger.warning(
             "these weights may be DeiT-Tiny's, of 3 heads, or the tiny pixel transformer's, of 12; they are taken for "
             "the first; for the second, load_weights(timm.create_model('pixel_transformer_tiny_patch1_32', ...), file)"
         )
     return {
-        "num_heads": max(1, embed_dim // 64),
+        "num_heads": heads.get(embed_dim, max(1, embed_dim // 64)),
         "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "class_token": has_class_token,
-        "no_embed_class": has_class_token and not _class_token_has_position(weights),
+        "no_embed_class": has_class_token and not class_entries(weights),
         # Any value makes the layer; the file fills it.
         "init_values": 1e-5 if "blocks.0.ls1.gamma" in weights else None,
         # timm's place for the last norm tells how the tokens are pooled.
@@ -197,6 +190,7 @@ def create_from_checkpoint(checkpoint: Checkpoint, **overrides: Any) -> nn.Modul
     """
     arguments = checkpoint.extra.get("model_args")
     if arguments is None:
+        refuse_more_tokens(checkpoint.weights.keys(), checkpoint.path)
         arguments = infer_model_args(checkpoint.weights)
         if "d_state" in arguments:
             arguments["flip"] = checkpoint.flip or "alternate"
@@ -206,7 +200,7 @@ def create_from_checkpoint(checkpoint: Checkpoint, **overrides: Any) -> nn.Modul
         if not isinstance(name, str) or not timm.is_model(name):
             raise UserError(f"there is no model {name!r}")
         model = timm.create_model(name, **_FROM_NOWHERE, **arguments)
-    except (TypeError, KeyError, ValueError, RuntimeError) as e:
+    except (TypeError, KeyError, ValueError, RuntimeError, AssertionError) as e:
         raise UserError(f"{checkpoint.path} records a model that cannot be made: {first_line(e)}") from e
     fill(model, checkpoint)
     return model

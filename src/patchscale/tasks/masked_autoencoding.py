@@ -158,7 +158,7 @@ class MaskedAutoencoder(nn.Module):
 
     Raises:
         UserError: a ``mask_ratio`` outside (0, 1), or one that leaves none of the patches visible, or none hidden; a
-            model that is not of this library.
+            model that is not of this library, or leaves out or interpolates patches itself.
     """
 
     def __init__(
@@ -170,6 +170,13 @@ class MaskedAutoencoder(nn.Module):
                 f"masked autoencoding is for models of this library, not timm's {type(backbone).__name__}: `patchscale "
                 "models` lists them"
             )
+        if backbone.patch_embed.extend != 1 or not backbone.patch_embed.strict_img_size:
+            raise UserError(
+                "masked autoencoding takes images of one size and a token for each patch: leave out extend "
+                "and dynamic_img_size"
+            )
+        if not isinstance(getattr(backbone, "patch_drop", nn.Identity()), nn.Identity):
+            raise UserError("masked autoencoding leaves out patches by itself: leave out patch_drop_rate")
         if not 0 < mask_ratio < 1:
             raise UserError(f"--mask-ratio is {mask_ratio}, expected between 0 and 1")
         if decoder_depth < 1:

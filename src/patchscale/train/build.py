@@ -157,10 +157,10 @@ def start_from(model: nn.Module, recipe: Recipe, note: Callable[[str], None]) ->
 
 
 def position_arguments(model: nn.Module) -> dict[str, Any]:
-    """The argument that makes a model with the same position table, where that is on another grid than the patches."""
-    if not isinstance(model, Backbone) or model.pos_grid == model.patch_embed.grid_size:
+    """The argument that makes a model with the same position table; weights may have moved it to another grid."""
+    if not isinstance(model, Backbone):
         return {}
-    return {"pos_grid": model.pos_grid}
+    return {"pos_grid": None if model.pos_grid == model.patch_embed.grid_size else model.pos_grid}
 
 
 def training_transform(recipe: Recipe, preprocessing: Preprocessing) -> Transform:
