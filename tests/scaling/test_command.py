@@ -45,7 +45,7 @@ def test_fit_prints_the_published_figures_apart(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "expected .jsonl or .csv"),
+        (["nowhere"], "no such file of results: nowhere"),
         (["nowhere.jsonl"], "no such file of results"),
         (["STUDY", "--coarse", "8", "4"], "--coarse 8 4: needs 3 of"),
         (["STUDY", "--confidence", "90"], "confidence is 90"),
