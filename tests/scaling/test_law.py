@@ -257,6 +257,8 @@ def test_bad_places_to_predict_are_refused():
         fit.predict(1, runs=0)
     with pytest.raises(UserError, match=r"runs is 1\.5"):
         fit.predict(1, runs=1.5)
+    assert fit.predict(1, runs=np.int64(2)).value == fit.predict(1).value  # NumPy's numbers are numbers
+    assert score_coarse_to_fine(PATCHES, L_INF + A * PATCHES, coarse=PATCHES[:3], noise=np.float32(0.01))
     with pytest.raises(UserError, match="cannot predict at 'a'"):
         fit.predict("a")
     with pytest.raises(UserError, match="give numbers above 0"):

@@ -142,7 +142,8 @@ def fill(model: nn.Module, checkpoint: Checkpoint, strict: bool = True, resize: 
     model.load_state_dict(weights, strict=False)
     if getattr(model, "positions", None) == "sincos" and checkpoint.grid is not None:
         # Fixed positions are counted in the patches that the weights learned with, as set_input_size leaves them.
-        model.pos_grid = checkpoint.grid  # type: ignore[assignment]
+        filled: Any = model
+        filled.pos_grid = checkpoint.grid
         update_model_args(model, pos_grid=checkpoint.grid)
     return resized
 

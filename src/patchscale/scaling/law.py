@@ -9,6 +9,7 @@ same law in tokens has the exponent -alpha / 2, and in FLOPs, where they grow as
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -79,7 +80,7 @@ class Form:
             runs: the interval is where the mean of this many new runs would fall; of the curve itself if None.
         """
         places = _places(x)
-        if runs is not None and (not isinstance(runs, int) or runs < 1):
+        if runs is not None and (not isinstance(runs, Integral) or runs < 1):
             raise UserError(f"runs is {runs}, expected a whole number from 1")
         value = self(places)
         if not len(self._draws):
@@ -181,7 +182,7 @@ def fit_law(
     """
     places, losses = _checked(x, loss, axis, confidence, noise)
     for name, number in (("draws", draws), ("seed", seed)):
-        if not isinstance(number, int) or number < 0:
+        if not isinstance(number, Integral) or number < 0:
             raise UserError(f"{name} is {number!r}, expected a whole number from 0")
     used, drawn_in = _draw_in(places, losses)
     fits = {name: fit_curve(places, used, axis, name) for name in FREE}
@@ -257,7 +258,7 @@ def score_coarse_to_fine(
     places, losses = _checked(patch, loss, "patch", confidence, noise, least=1)
     if form not in FREE:
         raise UserError(f"form is {form!r}, expected one of {', '.join(FREE)}")
-    if not isinstance(coarse, Sequence) or not coarse:
+    if coarse is None or not len(coarse):
         raise UserError(f"coarse is {coarse!r}, expected the patch sizes to fit on, such as (16, 8, 4)")
     missing = sorted(set(coarse) - set(places), reverse=True)
     finer = sorted({p for p in places if p < min(coarse)}, reverse=True)
@@ -284,7 +285,7 @@ def _checked(
     if axis not in get_args(Axis):
         raise UserError(f"axis is {axis!r}, expected one of {', '.join(get_args(Axis))}")
     for name, number in (("confidence", confidence), ("noise", noise)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, Real)):
             raise UserError(f"{name} is {number!r}, expected a number")
     if not 0 < confidence < 1:
         raise UserError(f"confidence is {confidence}, expected between 0 and 1, such as 0.9")

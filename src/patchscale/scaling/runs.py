@@ -224,9 +224,9 @@ def planned_flops(recipe: Recipe) -> tuple[int, int]:
     for patch_size in recipe.patch_sizes or [None]:
         arguments = model_arguments(recipe, sources) | ({} if patch_size is None else {"patch_size": patch_size})
         with torch.device("meta"):
-            model = create_model(recipe.model, arguments)
+            model: Any = create_model(recipe.model, arguments)
             module = trained_module(recipe, model)
-        height, width = to_2tuple(recipe.img_size or model.pretrained_cfg["input_size"][-1])  # type: ignore[index]
+        height, width = to_2tuple(recipe.img_size or model.pretrained_cfg["input_size"][-1])
         found.append(image_flops(module, sources.channels, (height, width)))
     forward, training = (sum(each) // len(found) for each in zip(*found, strict=True))
     return forward, training

@@ -138,7 +138,8 @@ def launch(arguments: list[str]) -> None:
 
     here = arguments.index("--") if "--" in arguments else len(arguments)
     flags, training = arguments[:here], arguments[here + 1 :]
-    options = tyro.cli(Slurm | Local, args=flags, prog="patchscale launch", description=launch.__doc__)  # type: ignore
+    either: Any = Slurm | Local  # which tyro takes for a choice of commands, and its types do not say
+    options = tyro.cli(either, args=flags, prog="patchscale launch", description=launch.__doc__)
     if not training:
         raise UserError(f"launch {flags[0]} what? After --, write what follows `patchscale train`: -- --recipe NAME")
     job = submit(training, options)
