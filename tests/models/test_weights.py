@@ -248,7 +248,7 @@ def test_a_state_dict_that_may_be_either_familys_says_for_which_it_is_taken(patc
     with caplog.at_level(logging.WARNING):
         model = create_from_checkpoint(read_checkpoint(tmp_path / "bare.safetensors"))
     assert model.blocks[0].attn.num_heads == 3
-    assert "pixel_transformer_tiny_patch1_32" in caplog.text
+    assert f"pixel_transformer_tiny_patch{patch}_32" in caplog.text
 
 
 @pytest.mark.parametrize(
