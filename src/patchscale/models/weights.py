@@ -159,8 +159,8 @@ def _vit_args(weights: dict[str, Tensor], embed_dim: int) -> dict[str, Any]:
     patch = max(weights["patch_embed.proj.weight"].shape[2:])
     if embed_dim == PIXEL_TRANSFORMER.sizes["tiny"]["embed_dim"] and patch <= 8:
         _logger.warning(
-            "these weights may be DeiT-Tiny's, of 3 heads, or the tiny pixel transformer's, of 12; they are taken for "
-            "the first; for the second, load_weights(timm.create_model('pixel_transformer_tiny_patch%d_32', ...), file)",
+            "these weights may be DeiT-Tiny's, of 3 heads, or the tiny pixel transformer's, of 12; taken for the "
+            "first. For the second: load_weights(timm.create_model('pixel_transformer_tiny_patch%d_32', ...), file)",
             patch,
         )
     return {
