@@ -10,19 +10,20 @@ The decay of a pair is the product of a factor of each token, exp(cs_t - c) and 
 one matrix M = C B^T, masked, and a chunk is three matrix products, whatever the number of heads:
 
     Y  = exp(cs - c) * ([C | M] @ [G; X'])    with X' = exp(c - cs) dt x  and  G = exp(c) H
-    G' = exp(cs_Q - c + c') (G + B^T X')      with c' of the next chunk
+    S  = G + B^T X'                           so that H' = exp(cs_Q - c) S
+    G' = exp(cs_Q - c + c') S                 with c' of the next chunk
 
 With c in the middle of the chunk's decays, the factors stay far from the ends of the number format as long as a head
 decays by less than exp(120) in a chunk. Heads that decay more are left out, and computed pair by pair (`pairwise.py`).
 
-Chunks are taken a few at a time, as many as fit the cache: only the passing on of states is one after the other. A
-sequence of one chunk that no state enters or leaves has none: of the products only those with M are left.
+Chunks are taken a few at a time, as many as fit the cache: only the passing on of states is one after the other. The
+views of a block's memory are made once: a view costs as much as a small sum. A sequence of one chunk that no state
+enters or leaves has none: of the products only those with M are left.
 
 Shapes in comments: b = samples in the group, k = chunks in the block, Q = tokens in the chunk, h = heads, p = headdim,
 n = d_state. States are (b, n, h p) here, so that all heads are one matrix.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -43,44 +44,59 @@ class _Buffers:
     """
 
     def __init__(
-        self, batch: int, chunks: int, size: int, d_state: int, width: int, like: Tensor, stateless: bool
+        self, batch: int, chunks: int, size: int, d_state: int, heads: tuple[int, int], like: Tensor, stateless: bool
     ) -> None:
+        self.by_chunk, self.heads = (chunks, size), heads
+        width = heads[0] * heads[1]
         self.n = n = 0 if stateless else d_state
         self.rows = like.new_empty(batch, chunks, n + size, width)
         self.mixing = like.new_empty(batch, chunks, size, n + size)
         self.B = like.new_empty(batch, chunks, size, d_state)
         self.C = torch.empty_like(self.B) if stateless else self.mixing[:, :, :, :n]
         self.y = like.new_empty(batch * chunks, size, width)
+        self.y_by_token = self.y.view(batch, chunks * size, *heads)
         self.flat_rows, self.flat_mixing = self.rows.flatten(0, 1), self.mixing.flatten(0, 1)
-        self.flat_B = self.B.flatten(0, 1)
-        self.flat_C, self.flat_products = self.C.flatten(0, 1), self.flat_mixing[:, :, n:]
-        self.states = self.rows[:, :, :n].unbind(1)
-        self.written = self.rows[:, :, n:]
-        self.written_by_chunk = self.written.unbind(1)
+        self.flat_B, self.flat_C = self.B.flatten(0, 1), self.C.flatten(0, 1)
+        self.B_by_token, self.C_by_token = self.B.flatten(1, 2), self.C.flatten(1, 2)
+        self.flat_B_turned, self.flat_products = self.flat_B.transpose(1, 2), self.flat_mixing[:, :, n:]
+        self.all_states = self.rows[:, :, :n]
+        self.states = self.all_states.unbind(1)
+        self.written = self.rows[:, :, n:].unflatten(3, heads)
+        self.written_by_chunk = self.rows[:, :, n:].unbind(1)
         self.B_by_chunk = self.B.transpose(2, 3).unbind(1)
         self.C_by_chunk = self.C.transpose(2, 3).unbind(1)
 
     def add_gradients(self) -> None:
-        """[dG; dP] and [B | M^T], and room for a product over all heads and for one over tokens."""
+        """[dS; dP] and [B | M^T], and room for a product over all heads and for one over tokens."""
         n, size = self.n, self.rows.shape[2]
         self.gram = self.rows.new_empty(self.flat_rows.shape[0], size, size)
-        self.spare = torch.empty_like(self.y)
-        self.spare_state = torch.empty_like(self.rows[:, 0, :n])
+        self.flat_rows_turned = self.flat_rows.transpose(1, 2)
+        self.spare = torch.empty_like(self.y_by_token)
         self.grad_rows = torch.empty_like(self.rows)
         self.flat_grad_rows = self.grad_rows.flatten(0, 1)
         self.grad_states = self.grad_rows[:, :, :n].unbind(1)
-        self.grad_read = self.grad_rows[:, :, n:]
-        self.grad_read_by_chunk = self.grad_read.unbind(1)
+        self.grad_read = self.grad_rows[:, :, n:].unflatten(3, self.heads)
+        self.grad_read_by_chunk = self.grad_rows[:, :, n:].unbind(1)
         self.back_mixing = torch.empty_like(self.flat_mixing)
+        self.along_states = self.rows.new_zeros(self.rows.shape[0], self.by_chunk[0], self.rows.shape[3])
+        self.ones = self.rows.new_ones(self.heads[1])
+
+    def sum_spare(self) -> Tensor:
+        """(b, k Q, h), over channels, as a matrix product: twice as fast as a sum on a CPU."""
+        return torch.mv(self.spare.view(-1, self.heads[1]), self.ones).view(self.spare.shape[:3])
 
 
 class _Strong:
-    """Chunks computed pair by pair, and how their states are passed on; all but ``chunks`` by (b, k)."""
+    """Chunks computed pair by pair, and what is passed on of their states; all but ``chunks`` by (b, k)."""
 
-    def __init__(self, chunks: pairwise.Chunks, number: int, to_next: Tensor) -> None:
-        self.chunks, self.number, self.to_next = chunks, number, to_next
+    def __init__(self, chunks: pairwise.Chunks, number: int, heads: Tensor) -> None:
+        self.chunks, self.number, self.heads = chunks, number, heads
         self.written = chunks.written().unflatten(0, (-1, number))
         self.whole = chunks.whole.unflatten(0, (-1, number))
+
+    def state_read(self, dy: Tensor) -> Tensor:
+        """What the outputs of chunks add to the gradients of the states before them: (b, k, h, p, n)."""
+        return self.chunks.gradient_of_state_read(dy).unflatten(0, (-1, self.number))
 
     def by_token(self, values: Tensor) -> Tensor:
         """(b k, h, Q, ...) -> (b, k Q, h, ...)."""
@@ -98,50 +114,54 @@ class Scan:
         exact = torch.float32 if dt.device.type == "mps" else torch.float64
         log_decay = F.pad(dt.to(exact) * A.to(exact), (0, 0, 0, 1))
         cs = log_decay[:, plan.padded].cumsum(2)  # (b, chunks, Q, h)
-        self.total = cs[:, :, -1]  # (b, chunks, h)
+        total = cs[:, :, -1]  # (b, chunks, h)
         self.cs = cs.flatten(1, 2)[:, plan.place]  # (b, length, h)
 
-        strong = (self.total < -plan.factor_range[:, None]).any(0)  # (chunks, h)
+        strong = (total < -plan.factor_range[:, None]).any(0)  # (chunks, h)
         any_strong = bool(strong.any())
-        middle = self.total / 2
+        middle = total / 2
+        left = total - middle  # from S to H'
         self.strong: list[Tensor | None] = [None] * len(plan.blocks)  # heads that are computed pair by pair
         if any_strong:
             for i, block in enumerate(plan.blocks):
                 strong[block.numbers] = strong[block.numbers].any(0)
                 found = strong[block.first].nonzero().squeeze(1)
                 self.strong[i] = found if len(found) else None
+            # Their G is H, and their S is H'.
             middle.masked_fill_(strong, 0.0)
-        padded_middle = F.pad(middle, (0, 0, 0, 1))  # nothing is read after the last chunk
-        following = list(plan.following)
-        self.to_next = padded_middle[:, following].exp().to(dt.dtype)  # (b, chunks, h): from H to G of the next chunk
-        self.to_first = padded_middle[:, plan.first].exp().to(dt.dtype)  # (b, h)
-        passed_on = self.total - middle + padded_middle[:, following]
+            left.masked_fill_(strong, 0.0)
+        # Nothing is left before the first chunk, or read after the last.
+        entered = F.pad(left, (0, 0, 0, 1))[:, plan.preceding] + F.pad(middle, (0, 0, 0, 1))
         # Below this, exp is no normal number: the rest is multiplied after it.
         floor = 0.9 * math.log(torch.finfo(dt.dtype).tiny)
-        rest = passed_on - passed_on.clamp(min=floor)
-        self.pass_on = passed_on.clamp_(min=floor).exp_().to(dt.dtype)  # (b, chunks, h)
-        self.pass_on_rest = rest.exp_().to(dt.dtype) if bool(rest.any()) else None
+        rest = entered - entered.clamp(min=floor)
+        # From S (before the first chunk, from H) to G of a chunk, and from the last S to H: (b, 1, h p) each
+        self.enter = _by_chunk(entered.clamp_(min=floor).exp_().to(dt.dtype), headdim)
+        self.enter_rest = _by_chunk(rest.exp_().to(dt.dtype), headdim) if bool(rest.any()) else None
         from_middle = self.cs - middle[:, plan.chunk_of]
         if any_strong:
             hidden = strong[plan.chunk_of]  # (length, h)
             from_middle.masked_fill_(hidden, 0.0)
-        self.read = from_middle.exp().to(dt.dtype)[..., None]  # (b, length, h, 1): exp(cs - c)
-        self.write = from_middle.neg_().exp_().to(dt.dtype)[..., None]  # exp(c - cs)
+        decay = from_middle.exp_()
+        read, write = decay.to(dt.dtype), decay.reciprocal().to(dt.dtype)  # exp(cs - c) and exp(c - cs)
         if any_strong:
-            self.read.masked_fill_(hidden[..., None], 0.0)
-            self.write.masked_fill_(hidden[..., None], 0.0)
-            self.pass_on.masked_fill_(strong, 0.0)
-        self.write_dt = self.write * dt[..., None]
-        # G before the next chunk
+            read.masked_fill_(hidden, 0.0)
+            write.masked_fill_(hidden, 0.0)
+        self.write = write  # (b, length, h)
+        # By block: (b, k Q, h, 1)
+        self.read = read[..., None].split(plan.block_tokens, 1)
+        self.write_dt = (write * dt)[..., None].split(plan.block_tokens, 1)
+        # S of the last chunk
         self.state = dt.new_zeros(dt.shape[0], 0 if stateless else d_state, dt.shape[2] * headdim)
         self._buffers: dict[tuple[int, int], _Buffers] = {}
 
     def begin(self, initial_state: Tensor) -> None:
         """initial_state: (b, h, p, n); without this call, zero."""
-        torch.mul(initial_state.permute(0, 3, 1, 2), self.to_first[:, None, :, None], out=self._by_head(self.state))
+        self._by_head(self.state).copy_(initial_state.permute(0, 3, 1, 2))
 
     def final_state(self) -> Tensor:
         """(b, h, p, n), after the last block."""
+        self._enter(self.plan.chunks, self.state, self.state)
         return self._by_head(self.state).permute(0, 2, 3, 1)
 
     def forward(
@@ -154,54 +174,51 @@ class Scan:
         block = self.plan.blocks[i]
         buffers = self._prepare(block, x, B, C)
         strong = self._strong_chunks(i, x, buffers)
-        order = list(block.in_scan_order)
-        if self.state.data_ptr() != buffers.states[order[0]].data_ptr():
-            buffers.states[order[0]].copy_(self.state)
-        for j, after in itertools.pairwise(order):
-            self._pass_on(i, j, buffers, strong, buffers.states[after])
-        if states is not None and not self.stateless:
-            states.copy_(buffers.rows[:, :, : self.d_state])
+        for j in block.in_scan_order:
+            G = buffers.states[j]
+            self._enter(block.first + j, self.state, G)
+            if not pass_on and j == block.in_scan_order[-1]:
+                break
+            torch.baddbmm(G, buffers.B_by_chunk[j], buffers.written_by_chunk[j], out=self.state)
+            if strong is not None:
+                after = strong.written[:, j].addcmul(strong.whole[:, j], self._strong_heads(G, strong))
+                self._set_strong_heads(self.state, strong, after)
+        if states is not None:
+            states.copy_(buffers.all_states)
         torch.bmm(buffers.flat_mixing, buffers.flat_rows, out=buffers.y)
-        torch.mul(buffers.y.view(x.shape), self.read[:, block.tokens], out=y)
+        torch.mul(buffers.y_by_token, self.read[block.place], out=y)
         if strong is not None:
-            output = strong.chunks.output(self._strong_states(buffers.rows[:, :, : buffers.n], i))
-            y[:, :, self.strong[i]] = strong.by_token(output).to(y.dtype)
-        self.state = buffers.states[order[-1]]
-        if pass_on:
-            self._pass_on(i, order[-1], buffers, strong, self.state)
+            before = None if self.stateless else buffers.all_states
+            output = strong.chunks.output(self._strong_states(before, strong))
+            y[:, :, strong.heads] = strong.by_token(output).to(y.dtype)
 
-    def _prepare(self, block: Block, x: Tensor, B: Tensor, C: Tensor) -> "_Buffers":
+    def _prepare(self, block: Block, x: Tensor, B: Tensor, C: Tensor) -> _Buffers:
         """Buffers with X', B, C and M of a block."""
         by_chunk = block.chunks, (block.stop - block.start) // block.chunks
-        if by_chunk not in self._buffers:
-            self._buffers[by_chunk] = _Buffers(
-                self.dt.shape[0], *by_chunk, self.d_state, self.heads[0] * self.heads[1], self.dt, self.stateless
-            )
-        buffers = self._buffers[by_chunk]
-        buffers.B.copy_(B.unflatten(1, by_chunk))
-        buffers.C.copy_(C.unflatten(1, by_chunk))
-        torch.bmm(buffers.flat_C, buffers.flat_B.transpose(1, 2), out=buffers.flat_products)
+        buffers = self._buffers.get(by_chunk)
+        if buffers is None:
+            buffers = _Buffers(self.dt.shape[0], *by_chunk, self.d_state, self.heads, self.dt, self.stateless)
+            self._buffers[by_chunk] = buffers
+        buffers.B_by_token.copy_(B)
+        buffers.C_by_token.copy_(C)
+        torch.bmm(buffers.flat_C, buffers.flat_B_turned, out=buffers.flat_products)
         buffers.flat_products.mul_(block.seen)
-        write = self.write_dt[:, block.tokens].unflatten(1, by_chunk)
-        torch.mul(x.unflatten(1, by_chunk), write, out=buffers.written.unflatten(3, self.heads))
+        write_dt = self.write_dt[block.place].unflatten(1, by_chunk)
+        torch.mul(x.unflatten(1, by_chunk), write_dt, out=buffers.written)
         return buffers
 
-    def _pass_on(self, i: int, j: int, buffers: "_Buffers", strong: "_Strong | None", target: Tensor) -> None:
-        """G' after chunk j of block i, to ``target``, which may be where G is."""
-        before, number = buffers.states[j], self.plan.blocks[i].first + j
-        if strong is not None:
-            after = strong.written[:, j].addcmul(strong.whole[:, j], self._strong_heads(before, i))
-        torch.baddbmm(before, buffers.B_by_chunk[j], buffers.written_by_chunk[j], out=target)
-        self._by_head(target).mul_(self.pass_on[:, number, None, :, None])
-        if self.pass_on_rest is not None:
-            self._by_head(target).mul_(self.pass_on_rest[:, number, None, :, None])
-        if strong is not None:
-            self._set_strong_heads(target, i, after.mul_(strong.to_next[:, j]))
+    def _enter(self, number: int, state: Tensor, target: Tensor) -> None:
+        """From S of the chunk before this one in scan order to its G; of gradients, the other way."""
+        if self.stateless:
+            return
+        torch.mul(state, self.enter[number], out=target)
+        if self.enter_rest is not None:
+            target.mul_(self.enter_rest[number])
 
     def _by_head(self, state: Tensor) -> Tensor:
         return state.unflatten(-1, self.heads)
 
-    def _strong_chunks(self, i: int, x: Tensor, buffers: "_Buffers") -> "_Strong | None":
+    def _strong_chunks(self, i: int, x: Tensor, buffers: _Buffers) -> _Strong | None:
         """The chunks of block i, with the heads that decay too strongly for factors; None if none does."""
         block, heads = self.plan.blocks[i], self.strong[i]
         if heads is None:
@@ -220,26 +237,33 @@ class Scan:
             buffers.flat_products,
             block.seen,
         )
-        return _Strong(chunks, block.chunks, self.to_next[:, block.numbers, heads, None, None])
+        return _Strong(chunks, block.chunks, heads)
 
-    def _strong_heads(self, state: Tensor, i: int) -> Tensor:
+    def _strong_heads(self, state: Tensor, strong: _Strong) -> Tensor:
         """(..., n, h p) -> (..., strong heads, p, n), a copy; the middle of their decays is 0, so that G is H."""
-        return self._by_head(state)[..., self.strong[i], :].movedim(-3, -1)
+        return self._by_head(state)[..., strong.heads, :].movedim(-3, -1)
 
-    def _strong_states(self, states: Tensor, i: int) -> Tensor | None:
+    def _strong_states(self, states: Tensor | None, strong: _Strong) -> Tensor | None:
         """The same of all chunks, (b k, strong heads, p, n); None if there are no states."""
-        return None if self.stateless else self._strong_heads(states, i).flatten(0, 1)
+        return None if states is None else self._strong_heads(states, strong).flatten(0, 1)
 
-    def _set_strong_heads(self, state: Tensor, i: int, value: Tensor) -> None:
-        self._by_head(state)[:, :, self.strong[i]] = value.permute(0, 3, 1, 2)
+    def _set_strong_heads(self, state: Tensor, strong: _Strong, value: Tensor) -> None:
+        self._by_head(state)[:, :, strong.heads] = value.permute(0, 3, 1, 2)
 
     def begin_backward(self, grad_final: Tensor | None) -> None:
         """grad_final: (b, h, p, n), or None if nothing depends on the final state."""
+        # Of G of the chunk that follows in scan order, whose number is ``following``; at first, of the last H
         self.grad_state = torch.zeros_like(self.state)
+        self.following = self.plan.chunks
         if grad_final is not None:
             self._by_head(self.grad_state).copy_(grad_final.permute(0, 3, 1, 2))
-        self.grad_dt = torch.empty_like(self.dt)
-        self.grad_log_decay = torch.empty_like(self.dt)
+        # For every token the sums over a head's channels of dy y and of dX' x, and for every chunk of dG G of the next
+        self.along_y, self.along_x = torch.empty_like(self.dt), torch.empty_like(self.dt)
+        self.along_y_by_block, self.along_x_by_block = (
+            t.split(self.plan.block_tokens, 1) for t in (self.along_y, self.along_x)
+        )
+        self.along_states = self.dt.new_zeros(self.dt.shape[0], self.plan.chunks, self.dt.shape[2])
+        self.strong_gradients: list[tuple[slice, Tensor, Tensor, Tensor]] = []
 
     def backward(
         self,
@@ -249,37 +273,35 @@ class Scan:
         C: Tensor,
         y: Tensor | None,
         dy: Tensor,
-        states: Tensor,
+        states: Tensor | None,
         next_state: Tensor | None,
         dx: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Block i, after those that follow it in the scan: write the gradient of x, return those of B and C.
 
         x, dx, dy and y (computed again if None): (b, k Q, h, p), dx of any precision. states: G before each chunk,
-        (b, k, n, h p), and next_state before the next block, None if nothing depends on it.
+        (b, k, n, h p), None if there are none, and next_state before the next block, None if nothing depends on it.
         """
         block = self.plan.blocks[i]
         buffers = self._prepare(block, x, B, C)
-        n = buffers.n
-        by_chunk = block.chunks, (block.stop - block.start) // block.chunks
+        n, by_chunk = buffers.n, buffers.by_chunk
         if not hasattr(buffers, "grad_rows"):
             buffers.add_gradients()
         strong = self._strong_chunks(i, x, buffers)
-        factor = self.read[:, block.tokens].unflatten(1, by_chunk)
-        torch.mul(dy.unflatten(1, by_chunk), factor, out=buffers.grad_read.unflatten(3, self.heads))
+        torch.mul(dy.unflatten(1, by_chunk), self.read[block.place].unflatten(1, by_chunk), out=buffers.grad_read)
 
         if strong is not None:
-            strong_dy = dy[:, :, self.strong[i]].unflatten(1, by_chunk).flatten(0, 1).transpose(1, 2)
-        dtotal = strong_dstates = None
-        if not self.stateless:
-            read = None if strong is None else strong.chunks.gradient_of_state_read(strong_dy)
-            dtotal, strong_dstates = self._pass_back(i, buffers, states, next_state, strong, read)
-            buffers.rows[:, :, :n] = states
+            strong_dy = dy[:, :, strong.heads].unflatten(1, by_chunk).flatten(0, 1).transpose(1, 2)
+        strong_dstates = None
+        if states is not None:
+            read = None if strong is None else strong.state_read(strong_dy)
+            strong_dstates = self._pass_back(block, buffers, states, next_state, strong, read)
+            buffers.all_states.copy_(states)
 
-        # dM = dP X'^T, dC = dP G^T + dM B and dB = X' dG^T + dM^T C, summed over heads by the product itself; all in
-        # one, with dG G^T for nothing: libraries are slow at narrow products of this kind. What is masked
+        # dM = dP X'^T, dC = dP G^T + dM B and dB = X' dS^T + dM^T C, summed over heads by the product itself; all in
+        # one, with dS G^T for nothing: libraries are slow at narrow products of this kind. What is masked
         # may be infinite.
-        gram = torch.bmm(buffers.flat_grad_rows, buffers.flat_rows.transpose(1, 2), out=buffers.gram)
+        gram = torch.bmm(buffers.flat_grad_rows, buffers.flat_rows_turned, out=buffers.gram)
         dproducts = gram[:, n:, n:].masked_fill_(block.unseen, 0.0)
         if self.stateless:
             dC, dB = torch.bmm(dproducts, buffers.flat_B), torch.bmm(dproducts.transpose(1, 2), buffers.flat_C)
@@ -287,97 +309,85 @@ class Scan:
             dC = gram[:, n:, :n].baddbmm_(dproducts, buffers.flat_B)
             dB = torch.baddbmm(gram[:, :n, n:].transpose(1, 2), dproducts.transpose(1, 2), buffers.flat_C)
 
-        # dX' = [B | M^T] [dG; dP]
+        # dX' = [B | M^T] [dS; dP]
         if not self.stateless:
             buffers.back_mixing[:, :, :n] = buffers.flat_B
         buffers.back_mixing[:, :, n:] = buffers.flat_products.transpose(1, 2)
-        spare = buffers.spare.view(x.shape)
         if y is None:
             torch.bmm(buffers.flat_mixing, buffers.flat_rows, out=buffers.y)
-            dcs = _sum_last(torch.mul(buffers.y, buffers.flat_grad_rows[:, n:], out=buffers.spare).view(x.shape))
-        else:
-            dcs = _sum_last(torch.mul(dy, y, out=spare))
-        dwritten = torch.bmm(buffers.back_mixing, buffers.flat_grad_rows, out=buffers.y).view(x.shape)
-        ddt = _sum_last(torch.mul(dwritten, x, out=spare)).mul_(self.write[:, block.tokens, :, 0])  # (b, k Q, h)
-        dcs.sub_(ddt * self.dt[:, block.tokens])
-        torch.mul(dwritten, self.write_dt[:, block.tokens], out=dx)
-        # The log-decay of u is in every cs_t with t not before u.
-        # These sums cancel to a large part, hence float64.
-        dlog_decay = block.seen.t().to(self.cs.dtype) @ dcs.to(self.cs.dtype).unflatten(1, by_chunk)
-        if dtotal is not None:
-            dlog_decay.add_(dtotal[:, :, None])
-        dlog_decay = dlog_decay.to(self.dt.dtype).flatten(1, 2)
+            y = buffers.y_by_token.mul_(self.read[block.place])
+        torch.mul(dy, y, out=buffers.spare)
+        self.along_y_by_block[block.place].copy_(buffers.sum_spare())
+        torch.bmm(buffers.back_mixing, buffers.flat_grad_rows, out=buffers.y)
+        dwritten = buffers.y_by_token
+        torch.mul(dwritten, x, out=buffers.spare)
+        self.along_x_by_block[block.place].copy_(buffers.sum_spare())
+        torch.mul(dwritten, self.write_dt[block.place], out=dx)
         if strong is not None:
-            heads = self.strong[i]
-            dxdt, strong_dlog, strong_dB, strong_dC = strong.chunks.backward(
-                strong_dy, self._strong_states(states, i), strong_dstates
+            dxdt, dlog_decay, strong_dB, strong_dC = strong.chunks.backward(
+                strong_dy, self._strong_states(states, strong), strong_dstates
             )
-            dx[:, :, heads] = strong.by_token(dxdt * strong.chunks.dt[..., None]).to(dx.dtype)
-            ddt[:, :, heads] = strong.by_token((dxdt * strong.chunks.x).sum(3))
-            dlog_decay[:, :, heads] = strong.by_token(strong_dlog)
+            dx[:, :, strong.heads] = strong.by_token(dxdt * strong.chunks.dt[..., None]).to(dx.dtype)
+            ddt = strong.by_token((dxdt * strong.chunks.x).sum(3))
+            self.strong_gradients.append((block.tokens, strong.heads, ddt, strong.by_token(dlog_decay)))
             dB += strong_dB
             dC += strong_dC
-        self.grad_dt[:, block.tokens] = ddt
-        self.grad_log_decay[:, block.tokens] = dlog_decay
         return tuple(d.unflatten(0, (-1, block.chunks)).flatten(1, 2) for d in (dB, dC))
 
     def _pass_back(
         self,
-        i: int,
+        block: Block,
         buffers: _Buffers,
         states: Tensor,
         next_state: Tensor | None,
         strong: _Strong | None,
         read: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """From the last chunk of block i to the first: the gradients of the states, to ``buffers.grad_states``.
+    ) -> Tensor | None:
+        """From the last chunk of a block to the first: the gradients of S, to ``buffers.grad_states``.
 
-        For heads that decay strongly, read: what their chunks' outputs add to the gradient, (b k, h, p, n).
-
-        Returns the share that the factor from one state to the next has in the gradients of all exponents of a chunk,
-        (b, k, h), and the gradients of the states after the chunks for heads that decay strongly, (b k, h, p, n).
+        For heads that decay strongly, read: what their chunks' outputs add to the gradients of H, (b, k, h, p, n).
+        Returns the gradients of H after the chunks, (b k, h, p, n).
         """
-        block = self.plan.blocks[i]
-        dtotal = self.dt.new_zeros(self.dt.shape[0], block.chunks, self.heads[0])
-        strong_dstates = None
-        if read is not None:
-            read = read.unflatten(0, (-1, block.chunks))
-            strong_dstates = torch.empty_like(read)
+        strong_dstates = None if read is None else torch.empty_like(read)
         for j in reversed(block.in_scan_order):
-            if strong_dstates is not None:
-                torch.mul(self._strong_heads(self.grad_state, i), strong.to_next[:, j], out=strong_dstates[:, j])
+            dS = buffers.grad_states[j]
             if next_state is not None:
-                torch.mul(self.grad_state, next_state, out=buffers.spare_state)
-                dtotal[:, j] = buffers.spare_state.sum(1).unflatten(1, self.heads).sum(2)
-            pass_on = self.pass_on[:, block.first + j, None, :, None]
-            torch.mul(self._by_head(self.grad_state), pass_on, out=self._by_head(buffers.grad_states[j]))
-            if self.pass_on_rest is not None:
-                self._by_head(buffers.grad_states[j]).mul_(self.pass_on_rest[:, block.first + j, None, :, None])
-            torch.baddbmm(
-                buffers.grad_states[j], buffers.C_by_chunk[j], buffers.grad_read_by_chunk[j], out=self.grad_state
-            )
-            if read is not None and strong_dstates is not None:
+                torch.sum(torch.mul(self.grad_state, next_state, out=dS), 1, out=buffers.along_states[:, j])
+            self._enter(self.following, self.grad_state, dS)
+            torch.baddbmm(dS, buffers.C_by_chunk[j], buffers.grad_read_by_chunk[j], out=self.grad_state)
+            if strong is not None and read is not None and strong_dstates is not None:
+                strong_dstates[:, j] = self._strong_heads(dS, strong)
                 dstate = read[:, j].addcmul(strong_dstates[:, j], strong.whole[:, j])
-                self._set_strong_heads(self.grad_state, i, dstate)
-            next_state = states[:, j]
-        return dtotal, None if strong_dstates is None else strong_dstates.flatten(0, 1)
+                self._set_strong_heads(self.grad_state, strong, dstate)
+            self.following, next_state = block.first + j, states[:, j]
+        torch.sum(buffers.along_states.unflatten(2, self.heads), 3, out=self.along_states[:, block.numbers])
+        return None if strong_dstates is None else strong_dstates.flatten(0, 1)
 
     def end_backward(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of dt, (b, length, h), of A, (h,), and of the initial state, (b, h, p, n).
 
         The last is empty where there are no states.
         """
-        dA = (self.grad_log_decay * self.dt).sum((0, 1))
-        ddt = self.grad_dt.addcmul_(self.grad_log_decay, self.A)
-        dinitial = self._by_head(self.grad_state) * self.to_first[:, None, :, None]
-        return ddt, dA, dinitial.permute(0, 2, 3, 1)
+        ddt = self.along_x.mul_(self.write)
+        dcs = self.along_y.addcmul_(ddt, self.dt, value=-1)
+        # The log-decay of a token is in every cs of its chunk that is not before it, and in what passes the state on.
+        # These sums cancel to a large part, hence float64.
+        dcs = F.pad(dcs.to(self.cs.dtype), (0, 0, 0, 1))[:, self.plan.padded]  # (b, chunks, Q, h)
+        up_to = dcs.cumsum(2)
+        from_here = dcs.add_(up_to[:, :, -1:] + self.along_states[:, :, None]).sub_(up_to)
+        dlog_decay = from_here.flatten(1, 2)[:, self.plan.place].to(self.dt.dtype)
+        for tokens, heads, strong_ddt, strong_dlog_decay in self.strong_gradients:
+            ddt[:, tokens, heads] = strong_ddt
+            dlog_decay[:, tokens, heads] = strong_dlog_decay
+        dA = (dlog_decay * self.dt).sum((0, 1))
+        ddt.addcmul_(dlog_decay, self.A)
+        self._enter(self.following, self.grad_state, self.grad_state)
+        return ddt, dA, self._by_head(self.grad_state).permute(0, 2, 3, 1)
 
 
-def _sum_last(product: Tensor) -> Tensor:
-    """Sum over the last dimension, as a matrix product: twice as fast as a sum on a CPU."""
-    return torch.mv(product.reshape(-1, product.shape[-1]), product.new_ones(product.shape[-1])).view(
-        product.shape[:-1]
-    )
+def _by_chunk(factors: Tensor, headdim: int) -> tuple[Tensor, ...]:
+    """(b, chunks, h) -> (b, 1, h p) of each chunk: rows multiply states twice as fast as a number a head."""
+    return factors.repeat_interleave(headdim, 2)[:, :, None].unbind(1)
 
 
 @torch.library.custom_op("patchscale::ssd_scan", mutates_args=())
@@ -412,11 +422,12 @@ def ssd_scan(
             scan = Scan(dt[group].to(work), A.to(work), the_plan, headdim, B.shape[2], stateless)
             if initial_state is not None:
                 scan.begin(initial_state[group].to(work))
-            for i, block in enumerate(the_plan.blocks):
-                x_i, B_i, C_i = (t[group, block.tokens].to(work) for t in (x, B, C))
-                kept = states[group, block.numbers] if kept_chunks else None
+            xs, Bs, Cs, ys = (t[group].split(the_plan.block_tokens, 1) for t in (x, B, C, y))
+            kept = states[group].split(the_plan.block_chunks, 1) if kept_chunks else [None] * len(ys)
+            for i, place in enumerate(block.place for block in the_plan.blocks):
+                x_i, B_i, C_i = (t[place].to(work) for t in (xs, Bs, Cs))
                 pass_on = want_final or i + 1 < len(the_plan.blocks)
-                scan.forward(i, x_i, B_i, C_i, y[group, block.tokens], kept, pass_on)
+                scan.forward(i, x_i, B_i, C_i, ys[place], kept[place], pass_on)
             if want_final:
                 final_state[group] = scan.final_state()
     return y, final_state, states
@@ -479,14 +490,18 @@ def ssd_scan_backward(
             scan = Scan(dt[group].to(work), A.to(work), the_plan, headdim, d_state, stateless)
             scan.begin_backward(None if grad_final is None else grad_final[group].to(work))
             next_state = None if grad_final is None else final_state[group].permute(0, 3, 1, 2).flatten(2)
-            for i in reversed(range(len(the_plan.blocks))):
-                block = the_plan.blocks[i]
-                x_i, B_i, C_i, dy_i = (t[group, block.tokens].to(work) for t in (x, B, C, grad_y))
-                y_i = y[group, block.tokens] if y.dtype == work else None
-                block_states = states[group, block.numbers]
-                dB_dC = scan.backward(i, x_i, B_i, C_i, y_i, dy_i, block_states, next_state, dx[group, block.tokens])
-                dB[group, block.tokens], dC[group, block.tokens] = dB_dC
-                next_state = None if stateless else block_states[:, block.in_scan_order[0]]
+            read = [t[group].split(the_plan.block_tokens, 1) for t in (x, B, C, grad_y, y)]
+            written = [t[group].split(the_plan.block_tokens, 1) for t in (dx, dB, dC)]
+            kept = [None] * len(the_plan.blocks) if stateless else states[group].split(the_plan.block_chunks, 1)
+            for i, block in reversed([*enumerate(the_plan.blocks)]):
+                x_i, B_i, C_i, dy_i = (t[block.place].to(work) for t in read[:4])
+                y_i = read[4][block.place] if y.dtype == work else None
+                dx_i, *dB_dC = (t[block.place] for t in written)
+                block_states = kept[block.place]
+                results = scan.backward(i, x_i, B_i, C_i, y_i, dy_i, block_states, next_state, dx_i)
+                for gradient, result in zip(dB_dC, results, strict=True):
+                    gradient.copy_(result)
+                next_state = None if block_states is None else block_states[:, block.in_scan_order[0]]
             ddt[group], dA_group, dinitial_group = scan.end_backward()
             dA += dA_group
             if initial_state is not None:

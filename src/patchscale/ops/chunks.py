@@ -11,8 +11,8 @@ from torch import Tensor
 # Longer chunks move fewer states, but compute more, and more heads decay too strongly in one for factors.
 DEFAULT_CHUNK_SIZE = 64
 
-# Elements of x in a block: 2 MiB in float32, found best on a core with 1 MiB of L2; smaller blocks pay for more calls.
-_BLOCK_ELEMENTS = 524288
+# Elements of x in a block: 1.5 MiB in float32, found best on a core with 1 MiB of L2; smaller ones pay for more calls.
+_BLOCK_ELEMENTS = 393216
 
 
 class Block(NamedTuple):
@@ -21,7 +21,8 @@ class Block(NamedTuple):
     start: int
     stop: int
     chunks: int
-    first: int  # its first chunk's number, counted as tokens stand
+    place: int  # among the blocks, counted as tokens stand
+    first: int  # its first chunk's number, likewise
     reverse: bool
     seen: Tensor  # (t, s): 1 where s is not after t in scan order, else 0
     unseen: Tensor  # the opposite, as truth values
@@ -46,8 +47,9 @@ class Plan(NamedTuple):
 
     chunks: int
     blocks: tuple[Block, ...]  # in scan order
-    following: tuple[int, ...]  # of every chunk, the next in scan order; the number of chunks after the last
-    first: int  # the chunk that the scan meets first
+    block_tokens: tuple[int, ...]  # how many tokens and chunks the blocks have, as tokens stand
+    block_chunks: tuple[int, ...]
+    preceding: Tensor  # of every chunk, the one before it in scan order (their number if none); then the last chunk
     padded: Tensor  # (chunk, place in scan order): the token there, or the length where there is none
     place: Tensor  # (token,): where it stands in ``padded``, flattened
     chunk_of: Tensor  # (token,)
@@ -70,9 +72,9 @@ def plan(
     from_right = [reverse and stop <= body for _, stop in bounds]
     order = [i for i in reversed(range(len(bounds))) if from_right[i]]
     order += [i for i in range(len(bounds)) if not from_right[i]]
-    following = [0] * len(bounds)
-    for i, j in itertools.pairwise([*order, len(bounds)]):
-        following[i] = j
+    preceding = torch.empty(len(bounds) + 1, dtype=torch.long)
+    for i, j in itertools.pairwise([len(bounds), *order, len(bounds)]):
+        preceding[j] = i
 
     padded = torch.full((len(bounds), max((e - s for s, e in bounds), default=1)), length)
     chunk_of = torch.empty(length, dtype=torch.long)
@@ -94,6 +96,7 @@ def plan(
             runs.append([i])
     seen: dict[tuple[int, bool], Tensor] = {}
     blocks = []
+    places = {first: place for place, first in enumerate(sorted(min(run) for run in runs))}
     for run in runs:
         first, right = min(run), from_right[run[0]]
         size = bounds[first][1] - bounds[first][0]
@@ -101,12 +104,15 @@ def plan(
             ones = torch.ones(size, size, dtype=dtype, device=device)
             seen[size, right] = ones.triu() if right else ones.tril()
         mask = seen[size, right]
-        blocks.append(Block(bounds[first][0], bounds[max(run)][1], len(run), first, right, mask, mask == 0))
+        start, stop = bounds[first][0], bounds[max(run)][1]
+        blocks.append(Block(start, stop, len(run), places[first], first, right, mask, mask == 0))
+    standing = sorted(blocks, key=lambda block: block.start)
     return Plan(
         len(bounds),
         tuple(blocks),
-        tuple(following),
-        order[0] if order else 0,
+        tuple(block.stop - block.start for block in standing),
+        tuple(block.chunks for block in standing),
+        preceding.to(device),
         padded.to(device),
         place[:length].to(device),
         chunk_of.to(device),

@@ -82,8 +82,9 @@ def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, history: Tensor, rev
     for group in groups:
         before = history[group].to(x.dtype)
         for tokens, from_right in blocks:
-            window, before = window_of(x[group, tokens], before, from_right)
-            pre = convolve(window.to(work), flipped if from_right else weight, bias)
+            window = window_of(x[group, tokens], before, from_right).to(work)
+            before = tokens_before_next(x[group, tokens], before, from_right)
+            pre = convolve(window, flipped if from_right else weight, bias)
             out[group, tokens] = F.silu(pre, inplace=True)
     return out
 
@@ -111,7 +112,7 @@ def _causal_conv1d_backward(
         dafter = torch.zeros_like(befores[0], dtype=work)
         for i in reversed(range(len(blocks))):
             tokens, from_right = blocks[i]
-            window = window_of(x[group, tokens], befores[i], from_right)[0].to(work)
+            window = window_of(x[group, tokens], befores[i], from_right).to(work)
             taps = flipped if from_right else work_weight
             dpre = torch.ops.aten.silu_backward(grad[group, tokens].to(work), convolve(window, taps, work_bias))
             dwindow, dtaps, dblock_bias = convolve_backward(dpre, window, taps)
@@ -164,24 +165,24 @@ def _cut(x: Tensor, reverse: bool, suffix: int) -> tuple[list[slice], list[tuple
     return [slice(s, min(s + samples, batch)) for s in range(0, batch, samples)], blocks
 
 
-def window_of(block: Tensor, before: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """What the convolution of a block reads, as tokens stand, and the tokens before the next block, in scan order.
+def window_of(block: Tensor, before: Tensor, reverse: bool, out: Tensor | None = None) -> Tensor:
+    """What the convolution of a block reads, as tokens stand: (batch, tokens + width - 1, channels).
 
     ``before`` (batch, width - 1, channels) are the tokens before this block, in scan order.
     """
-    reach = before.shape[1]
-    if reverse:
-        window = torch.cat([block, before.flip(1)], 1)
-        return window, window[:, :reach].flip(1)
-    window = torch.cat([before, block], 1)
-    return window, window[:, window.shape[1] - reach :]
+    parts = [block, before.flip(1)] if reverse else [before, block]
+    if out is None:
+        return torch.cat(parts, 1)
+    for room, part in zip(out.split([part.shape[1] for part in parts], 1), parts, strict=True):
+        room.copy_(part)
+    return out
 
 
 def tokens_before_next(block: Tensor, before: Tensor, reverse: bool) -> Tensor:
-    """The second result of :func:`window_of`, without its first."""
+    """The tokens before the block that comes next, in scan order, from those before this one."""
     reach = before.shape[1]
     if block.shape[1] < reach:
-        return window_of(block, before, reverse)[1]
+        block = window_of(block, before, reverse)
     return block[:, :reach].flip(1) if reverse else block[:, block.shape[1] - reach :]
 
 

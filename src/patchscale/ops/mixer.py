@@ -142,15 +142,19 @@ def _mix_tokens(
             if initial_state is not None:
                 scan.begin(initial_state[group].to(work))
             before = stream.history(history, group, xBC)
+            zs, xBCs, outs = (t.split(plan.block_tokens, 1) for t in (z, xBC, out[group]))
+            kept_ys = ys[group].split(plan.block_tokens, 1) if keep else None
+            kept_states = states[group].split(plan.block_chunks, 1) if kept_chunks else None
             for i, block in enumerate(plan.blocks):
-                window, before = window_of(xBC[:, block.tokens], before, block.reverse)
-                x, B, C = sizes.split_conv(F.silu(stream.convolve(window.to(work), block.reverse), inplace=True))
-                y = ys[group, block.tokens] if keep else stream.room("y", x.shape[:2])
-                kept = states[group, block.numbers] if kept_chunks else None
+                window = stream.window(xBCs[block.place], before, block.reverse)
+                before = tokens_before_next(xBCs[block.place], before, block.reverse)
+                x, B, C = sizes.split_conv(F.silu(stream.convolve(window, block.reverse), inplace=True))
+                y = stream.room("y", x.shape[:2]) if kept_ys is None else kept_ys[block.place]
+                block_states = None if kept_states is None else kept_states[block.place]
                 pass_on = want_final or i + 1 < len(plan.blocks)
-                scan.forward(i, x, B, C, y.view(x.shape) if not keep else y.unflatten(2, sizes.by_head), kept, pass_on)
-                _, gated, scale = stream.gate(y, x, z[:, block.tokens])
-                torch.mul(gated.mul_(scale), stream.norm_weight, out=out[group, block.tokens])
+                scan.forward(i, x, B, C, y.unflatten(2, sizes.by_head), block_states, pass_on)
+                _, gated, scale = stream.gate(y, x, zs[block.place])
+                torch.mul(gated.mul_(scale), stream.norm_weight, out=outs[block.place])
             if want_final:
                 final_state[group] = scan.final_state()
     return out, final_state, ys, states
@@ -223,12 +227,16 @@ class _Stream:
             return xBC.new_zeros(xBC.shape[0], self.sizes.width - 1, self.sizes.conv_dim)
         return history[group].to(xBC.dtype)
 
+    def window(self, block: Tensor, before: Tensor, reverse: bool) -> Tensor:
+        length = before.shape[1] + block.shape[1]
+        return window_of(block, before, reverse, self.room("window", (block.shape[0], length), self.sizes.conv_dim))
+
     def convolve(self, window: Tensor, reverse: bool) -> Tensor:
         return convolve(window, self.flipped_taps if reverse else self.taps, self.conv_bias)
 
     def gate(self, y: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """With the skip y + D x: silu(z), its product with silu(z), and one over that product's root mean square."""
-        silu = torch.ops.aten.silu.out(self.room("z", y.shape[:2]).copy_(z), out=self.room("silu", y.shape[:2]))
+        silu = torch.ops.aten.silu.out(z.to(y.dtype), out=self.room("silu", y.shape[:2]))
         gated = self.room("gated", y.shape[:2])
         torch.addcmul(y.view(x.shape), x, self.D[:, None], out=gated.view(x.shape))
         gated.mul_(silu)
@@ -245,7 +253,7 @@ class _Stream:
         dgated.addcmul_(gated, along)
         skipped = torch.addcmul(y.view(x.shape), x, self.D[:, None], out=gated.view(x.shape)).view(y.shape)
         dsilu = skipped.mul_(dgated)
-        dz.copy_(torch.ops.aten.silu_backward.grad_input(dsilu, self.room("z", y.shape[:2]), grad_input=dsilu))
+        dz.copy_(torch.ops.aten.silu_backward.grad_input(dsilu, z.to(dsilu.dtype), grad_input=dsilu))
         return dgated.mul_(silu), dnorm_weight
 
 
@@ -303,30 +311,32 @@ def _mix_tokens_backward(
             dz, dxBC, ddt = sizes.split(dprojected[group])
             scan = chunked.Scan(stream.step_sizes(dt), stream.A, plan, sizes.headdim, sizes.d_state, stateless)
             scan.begin_backward(None if grad_final is None else grad_final[group].to(work))
+            zs, xBCs, dzs, dxBCs = (t.split(plan.block_tokens, 1) for t in (z, xBC, dz, dxBC))
+            kept_ys, douts = (t[group].split(plan.block_tokens, 1) for t in (ys, grad_out))
+            kept_states = None if stateless else states[group].split(plan.block_chunks, 1)
             befores = [stream.history(history, group, xBC)]
             for block in plan.blocks:
-                befores.append(tokens_before_next(xBC[:, block.tokens], befores[-1], block.reverse))
+                befores.append(tokens_before_next(xBCs[block.place], befores[-1], block.reverse))
             dafter = torch.zeros_like(
                 befores[0], dtype=work
             )  # of a block's last tokens, from the next one's convolution
             next_state = None if grad_final is None else final_state[group].permute(0, 3, 1, 2).flatten(2)
-            for i in reversed(range(len(plan.blocks))):
-                block = plan.blocks[i]
-                window = window_of(xBC[:, block.tokens], befores[i], block.reverse)[0].to(work)
+            for i, block in reversed([*enumerate(plan.blocks)]):
+                window = stream.window(xBCs[block.place], befores[i], block.reverse)
                 pre = stream.convolve(window, block.reverse)
                 rooms = [stream.room(name, pre.shape[:2], sizes.conv_dim) for name in ("act", "dact")]
                 x, B, C = sizes.split_conv(torch.ops.aten.silu.out(pre, out=rooms[0]))
-                y, dout = ys[group, block.tokens], grad_out[group, block.tokens].to(work)
-                dy, dweight = stream.gate_backward(dout, y, x, z[:, block.tokens], dz[:, block.tokens])
+                y, dout = kept_ys[block.place], douts[block.place].to(work)
+                dy, dweight = stream.gate_backward(dout, y, x, zs[block.place], dzs[block.place])
                 dnorm_weight += dweight
                 dact = rooms[1]
                 dx, dB, dC = sizes.split_conv(dact)
                 dy, y = dy.view(x.shape), y.unflatten(2, sizes.by_head)
-                block_states = states[group, block.numbers]
+                block_states = None if kept_states is None else kept_states[block.place]
                 dB_dC = scan.backward(i, x, B, C, y, dy, block_states, next_state, dx)
                 for gradient, value in zip((dB, dC), dB_dC, strict=True):
                     gradient.copy_(value)
-                next_state = None if stateless else block_states[:, block.in_scan_order[0]]
+                next_state = None if block_states is None else block_states[:, block.in_scan_order[0]]
                 dx.addcmul_(dy, stream.D[:, None])
                 dD += (
                     torch.mul(dy, x, out=stream.room("silu", dout.shape[:2]).view(x.shape))
@@ -340,7 +350,7 @@ def _mix_tokens_backward(
                 dtaps += dblock_taps.flip(1) if block.reverse else dblock_taps
                 dconv_bias += dblock_bias
                 dblock, dafter = gradients_of_window(dwindow, dafter, block.reverse)
-                dxBC[:, block.tokens] = dblock
+                dxBCs[block.place].copy_(dblock)
             dsteps, dA_group, dinitial_group = scan.end_backward()
             dA += dA_group
             if history is not None:
