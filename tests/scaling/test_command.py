@@ -50,6 +50,8 @@ def test_fit_prints_the_published_figures_apart(capsys):
         (["STUDY", "--coarse", "8", "4"], "--coarse 8 4: needs 3 of"),
         (["STUDY", "--confidence", "90"], "confidence is 90"),
         (["SHORT", "--coarse", "16", "8"], "--coarse 16 8: needs 3 patch sizes"),
+        (["published", "--of", "error"], "takes no --of, --axis or --coarse"),
+        (["published", "--confidence", "90"], "confidence is 90"),
         (["ONE"], "has no models that differ in their patch size alone; the law needs 3 sizes or more"),
     ],
 )

@@ -36,7 +36,12 @@ def fit(
     if not console.is_terminal:
         console.width = 120
     if results == "published":
-        _print_published(console)
+        if (of, axis, tuple(coarse or ())) != ("loss", "patch", ()):
+            raise UserError(
+                "fit published shows the papers' losses, and errors predicted from patch 16, 8 and 4: it takes no "
+                "--of, --axis or --coarse"
+            )
+        _print_published(confidence, console)
         return
     groups = group_cells(read_results(Path(results)))
     found = [series for series in find_series(groups) if is_of_patch_sizes(series)]
@@ -168,10 +173,10 @@ def _scores_table(title: str, scores: dict[str, list[Scored]], confidence: float
     return table
 
 
-def _print_published(console: Console) -> None:
+def _print_published(confidence: float, console: Console) -> None:
     console.print("Published figures, read off arXiv 2502.03738; single runs, none of them ours.", highlight=False)
     table = Table("panel", "L_inf", "alpha", "alpha of the figure's axes", "power law's", "verdict")
-    for panel in fitted_panels():
+    for panel in fitted_panels(confidence):
         law = panel.fit.law
         ends = {name: f"{low:.2f} to {high:.2f}" for name, (low, high) in law.intervals.items()}
         table.add_row(
@@ -184,8 +189,8 @@ def _print_published(console: Console) -> None:
         )
     console.print(table)
     title = f"top-1 error in percent, predicted from patch 16, 8, 4 (runs assumed to scatter by {ASSUMED_NOISE})"
-    scores = dict(scored_accuracies())
-    console.print(_scores_table(title, scores, 0.9))
+    scores = dict(scored_accuracies(confidence))
+    console.print(_scores_table(title, scores, confidence))
     every = [score for series in scores.values() for score in series]
     inside = sum(score.inside for score in every)
     off = sum(abs(score.predicted - score.found) for score in every) / len(every)

@@ -67,27 +67,36 @@ class Panel:
     """Slope in the figure's axes, log(L - L_inf) over log p."""
 
 
-def fitted_panels() -> list[Panel]:
-    """The nine panels of digitised losses (figure 1 of arXiv 2502.03738), five single runs each."""
+def fitted_panels(confidence: float = 0.9) -> list[Panel]:
+    """The nine panels of digitised losses (figure 1 of arXiv 2502.03738), five single runs each.
+
+    Args:
+        confidence: of all intervals, between 0 and 1.
+    """
     panels = []
     for place in sorted({row.place for row in published() if row.place.startswith("Figure 1")}):
         rows = [row for row in published() if row.place == place]
         points = [row for row in rows if row.patch_size is not None]
         plotted = {row.metric: row.value for row in rows if row.patch_size is None}
-        fit = fit_law([row.patch_size or 0 for row in points], [row.value for row in points])
+        places, losses = [row.patch_size or 0 for row in points], [row.value for row in points]
+        fit = fit_law(places, losses, confidence=confidence)
         first = points[0]
         name = f"{first.model} {first.img_size} px" if first.model else f"{first.task.split()[0]} {first.metric}"
         panels.append(Panel(name, place, fit, plotted["L_inf of the ticks"], plotted["alpha in the plotted axes"]))
     return panels
 
 
-def scored_accuracies() -> list[tuple[str, list[Scored]]]:
-    """Published top-1 errors (percent) predicted at patch 2 and 1 from 16, 8 and 4, by model and image size."""
+def scored_accuracies(confidence: float = 0.9) -> list[tuple[str, list[Scored]]]:
+    """Published top-1 errors (percent) predicted at patch 2 and 1 from 16, 8 and 4, by model and image size.
+
+    Args:
+        confidence: of all intervals, between 0 and 1.
+    """
     series: dict[str, dict[int, float]] = {}
     for row in published():
         if row.metric == "top1" and row.place == "Tables 1 and 4" and row.patch_size is not None:
             series.setdefault(f"{row.model} {row.img_size} px", {})[row.patch_size] = round(100 - row.value, 6)
     return [
-        (name, score_coarse_to_fine(list(errors), list(errors.values()), noise=ASSUMED_NOISE))
+        (name, score_coarse_to_fine(list(errors), list(errors.values()), confidence=confidence, noise=ASSUMED_NOISE))
         for name, errors in series.items()
     ]
