@@ -19,13 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import torch
-
 from patchscale.errors import INTERRUPTED, UserError, first_line
 from patchscale.files import make_folder
-from patchscale.train.build import create_model
 from patchscale.train.command import read_train
-from patchscale.train.recipe import Recipe
+from patchscale.train.stages import check_model
 
 _FOREVER_MINUTES = 10 * 365 * 24 * 60
 
@@ -187,14 +184,7 @@ def _check_options(options: Slurm | Local) -> None:
 def _check_train(arguments: Sequence[str]) -> None:
     """Find out now what would otherwise end the job after its hours in the queue; data may be out of sight here."""
     for recipe in read_train(list(arguments)):
-        _check_model(recipe)
-
-
-def _check_model(recipe: Recipe) -> None:
-    names = ("img_size", "patch_size", "embed_dim", "depth")
-    given = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
-    with torch.device("meta"):  # without memory
-        create_model(recipe.model, given)
+        check_model(recipe)
 
 
 def _place(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -156,7 +156,10 @@ def run_stages(
     chosen = names if only is None else [_choose(names, only)]
     folders = {name: folder / f"{i}_{name}" for i, name in enumerate(names, start=1)}
     for name in chosen:
-        _check(name, stages[name])
+        try:
+            check_model(stages[name])
+        except UserError as e:
+            raise UserError(f"stage {name}: {e}") from e
     for name in chosen:
         recipe, place = replace(stages[name], output=folders[name]), folders[name]
         state = _state(place)
@@ -184,15 +187,16 @@ def _choose(names: list[str], only: str) -> str:
     raise UserError(f"--stage is {only}, expected one of {listed}")
 
 
-def _check(stage: str, recipe: Recipe) -> None:
-    """Make the stage's model without memory, to find out before the first stage what is wrong with the last."""
-    try:
-        with torch.device("meta"):
-            positions = {} if recipe.pos_embed is None else {"pos_embed": recipe.pos_embed}
-            module = trained_module(recipe, create_model(recipe.model, size_arguments(recipe) | positions))
-        freeze(module, recipe.freeze)
-    except UserError as e:
-        raise UserError(f"stage {stage}: {e}") from e
+def check_model(recipe: Recipe) -> None:
+    """Make a recipe's model without memory, to find out what is wrong with it before anything runs.
+
+    Raises:
+        UserError: there is no such model, or the task or the parts to freeze do not fit it.
+    """
+    positions = {} if recipe.pos_embed is None else {"pos_embed": recipe.pos_embed}
+    with torch.device("meta"):
+        module = trained_module(recipe, create_model(recipe.model, size_arguments(recipe) | positions))
+    freeze(module, recipe.freeze)
 
 
 def _state(folder: Path) -> dict[str, Any] | None:
