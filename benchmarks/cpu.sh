@@ -14,5 +14,6 @@ folder=$out/model && bench model --tokens 196,784,4096,16384 --width 256,768 --o
 folder=$out/flat && bench model --tokens 784,3136,12544,50176,200704 --width 256,768 --peers none --out "$folder"
 folder=$out/tiny && bench model --model adventurer_tiny_patch16_224,adventurer_tiny_patch1_224 --peers products-kept \
     --repeats 3 --out "$folder"
+folder=$out/compiled && bench model --tokens 784,4096 --width 256,768 --peers compiled --out "$folder"
 # Attention takes a minute for a call here.
 folder=$out/long && bench model --tokens 50176 --width 256 --peers vit --repeats 1 --min-seconds 0 --out "$folder"
