@@ -271,7 +271,7 @@ def test_a_local_job_trains_to_its_end(tmp_path, capsys):
     assert main(["launch", "local", "--", *TRAIN, "--epochs", "1", "--output", str(folder)]) == 0
     job_id = re.search(r"^job (\d+) trains in", capsys.readouterr().out)[1]
     job = launch.Job(job_id, folder, folder / "logs" / f"{job_id}_0_log.out")
-    wait_for_end(job, 120)
+    wait_for_end(job, 300)
     assert re.search(r"^last: ", job.log.read_text(), re.M)
     assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1]
 
