@@ -1,4 +1,4 @@
-"""The scan in chunks, plain PyTorch on any device, with its own backward.
+"""The scan in chunks, plain PyTorch on any device, forward and backward.
 
 Within a chunk of Q tokens the recurrence is a masked matrix product (the "dual" form); from chunk to chunk only the
 state is passed on. With ``cs`` the running sum of ``dt A`` in scan order inside a chunk,
@@ -31,10 +31,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from patchscale.ops import pairwise
-from patchscale.ops.chunks import Block, Plan, chunk_bounds, cut, is_stateless, work_dtype
+from patchscale.ops.chunks import Block, Plan, chunk_bounds, is_stateless
 
 
 class _Buffers:
@@ -390,159 +389,8 @@ def _by_chunk(factors: Tensor, headdim: int) -> tuple[Tensor, ...]:
     return factors.repeat_interleave(headdim, 2)[:, :, None].unbind(1)
 
 
-@torch.library.custom_op("patchscale::ssd_scan", mutates_args=())
-def ssd_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    initial_state: Tensor | None,
-    reverse: bool,
-    suffix: int,
-    chunk_size: int,
-    want_final: bool,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments as :func:`patchscale.ops.ssd_scan`, already checked, less the skip.
-
-    Returns y, the final state, and with ``keep_states`` the states at chunk boundaries that the backward starts from,
-    (batch, chunks, n, h p); empty tensors where not wanted.
-    """
-    _, _, heads, headdim = x.shape
-    work = work_dtype(x)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    the_plan, groups = cut(x, heads, headdim, reverse, suffix, chunk_size)
-    stateless = is_stateless(the_plan.chunks, initial_state, want_final)
-    final_state = torch.empty(final_shape(x, B, want_final), dtype=work, device=x.device)
-    kept_chunks = the_plan.chunks if keep_states and not stateless else 0
-    states = torch.empty(states_shape(x, B, kept_chunks), dtype=work, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        for group in groups:
-            scan = Scan(dt[group].to(work), A.to(work), the_plan, headdim, B.shape[2], stateless)
-            if initial_state is not None:
-                scan.begin(initial_state[group].to(work))
-            xs, Bs, Cs, ys = (t[group].split(the_plan.block_tokens, 1) for t in (x, B, C, y))
-            kept = states[group].split(the_plan.block_chunks, 1) if kept_chunks else [None] * len(ys)
-            for i, place in enumerate(block.place for block in the_plan.blocks):
-                x_i, B_i, C_i = (t[place].to(work) for t in (xs, Bs, Cs))
-                pass_on = want_final or i + 1 < len(the_plan.blocks)
-                scan.forward(i, x_i, B_i, C_i, ys[place], kept[place], pass_on)
-            if want_final:
-                final_state[group] = scan.final_state()
-    return y, final_state, states
-
-
-def final_shape(x: Tensor, B: Tensor, want_final: bool) -> tuple[int, ...]:
-    batch, _, heads, headdim = x.shape
-    return (batch, heads, headdim, B.shape[2]) if want_final else (0,)
-
-
 def gradient_shape(tensor: Tensor | None) -> tuple[int, ...]:
     return (0,) if tensor is None else tuple(tensor.shape)
-
-
-def states_shape(x: Tensor, B: Tensor, chunks: int) -> tuple[int, ...]:
-    batch, _, heads, headdim = x.shape
-    return (batch, chunks, B.shape[2], heads * headdim)
-
-
-@ssd_scan.register_fake
-def _(x, dt, A, B, C, initial_state, reverse, suffix, chunk_size, want_final, keep_states):
-    work = work_dtype(x)
-    chunks = len(chunk_bounds(x.shape[1], reverse, suffix, chunk_size))
-    kept_chunks = chunks if keep_states and not is_stateless(chunks, initial_state, want_final) else 0
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(final_shape(x, B, want_final), dtype=work),
-        x.new_empty(states_shape(x, B, kept_chunks), dtype=work),
-    )
-
-
-@torch.library.custom_op("patchscale::ssd_scan_backward", mutates_args=())
-def ssd_scan_backward(
-    grad_y: Tensor,
-    grad_final: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    initial_state: Tensor | None,
-    y: Tensor,
-    final_state: Tensor,
-    states: Tensor,
-    reverse: bool,
-    suffix: int,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C and initial_state, each in its tensor's dtype (empty for an absent one)."""
-    work = work_dtype(x)
-    _, _, heads, headdim = x.shape
-    d_state = B.shape[2]
-    dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
-    dA = torch.zeros(heads, dtype=work, device=x.device)
-    dinitial = torch.empty(gradient_shape(initial_state), dtype=work, device=x.device)
-    the_plan, groups = cut(x, heads, headdim, reverse, suffix, chunk_size)
-    stateless = is_stateless(the_plan.chunks, initial_state, final_state.ndim > 1)
-    with torch.autocast(x.device.type, enabled=False):
-        for group in groups:
-            scan = Scan(dt[group].to(work), A.to(work), the_plan, headdim, d_state, stateless)
-            scan.begin_backward(None if grad_final is None else grad_final[group].to(work))
-            next_state = None if grad_final is None else final_state[group].permute(0, 3, 1, 2).flatten(2)
-            read = [t[group].split(the_plan.block_tokens, 1) for t in (x, B, C, grad_y, y)]
-            written = [t[group].split(the_plan.block_tokens, 1) for t in (dx, dB, dC)]
-            kept = [None] * len(the_plan.blocks) if stateless else states[group].split(the_plan.block_chunks, 1)
-            for i, block in reversed([*enumerate(the_plan.blocks)]):
-                x_i, B_i, C_i, dy_i = (t[block.place].to(work) for t in read[:4])
-                y_i = read[4][block.place] if y.dtype == work else None
-                dx_i, *dB_dC = (t[block.place] for t in written)
-                block_states = kept[block.place]
-                results = scan.backward(i, x_i, B_i, C_i, y_i, dy_i, block_states, next_state, dx_i)
-                for gradient, result in zip(dB_dC, results, strict=True):
-                    gradient.copy_(result)
-                next_state = None if block_states is None else block_states[:, block.in_scan_order[0]]
-            ddt[group], dA_group, dinitial_group = scan.end_backward()
-            dA += dA_group
-            if initial_state is not None:
-                dinitial[group] = dinitial_group
-    return (
-        dx,
-        ddt,
-        dA.to(A.dtype),
-        dB,
-        dC,
-        dinitial if initial_state is None else dinitial.to(initial_state.dtype),
-    )
-
-
-@ssd_scan_backward.register_fake
-def _(grad_y, grad_final, x, dt, A, B, C, initial_state, y, final_state, states, reverse, suffix, chunk_size):
-    dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
-    state_dtype = work_dtype(x) if initial_state is None else initial_state.dtype
-    dinitial = x.new_empty(gradient_shape(initial_state), dtype=state_dtype)
-    return dx, ddt, A.new_empty(A.shape), dB, dC, dinitial
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.reverse, ctx.suffix, ctx.chunk_size, _, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _backward(ctx, grad_y, grad_final, grad_states):
-    *tensors, y, final_state, states = ctx.saved_tensors
-    grad_y = torch.zeros_like(y) if grad_y is None else grad_y
-    grad_final = grad_final if final_state.ndim > 1 else None
-    options = ctx.reverse, ctx.suffix, ctx.chunk_size
-    grads = ssd_scan_backward(grad_y, grad_final, *tensors, y, final_state, states, *options)
-    return (
-        *(None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)),
-        *[None] * 5,
-    )
-
-
-ssd_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
 def matrix_flops(
@@ -557,20 +405,3 @@ def matrix_flops(
     pairs = batch * sum((stop - start) ** 2 for start, stop in bounds)
     states = 0 if is_stateless(len(bounds), initial, want_final) else 2 * batch * length * heads * headdim * d_state
     return 2 * pairs * d_state, 2 * pairs * heads * headdim, states
-
-
-@register_flop_formula(torch.ops.patchscale.ssd_scan)
-def _forward_flops(x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs) -> int:
-    _, initial, reverse, suffix, chunk_size, want_final, _ = args
-    products, inside, states = matrix_flops(x_shape, B_shape[2], reverse, suffix, chunk_size, initial, want_final)
-    return products + inside + 2 * states
-
-
-@register_flop_formula(torch.ops.patchscale.ssd_scan_backward)
-def _backward_flops(
-    grad_y_shape, grad_final_shape, x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs
-) -> int:
-    _, initial, _, final, _, reverse, suffix, chunk_size = args
-    sizes = x_shape, B_shape[2], reverse, suffix, chunk_size, initial, len(final) > 1
-    products, inside, states = matrix_flops(*sizes)
-    return 3 * products + 2 * inside + 4 * states

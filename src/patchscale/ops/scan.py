@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from patchscale.errors import UserError
 from patchscale.ops import chunked
-from patchscale.ops.chunks import DEFAULT_CHUNK_SIZE
+from patchscale.ops.chunks import DEFAULT_CHUNK_SIZE, chunk_bounds, cut, is_stateless, work_dtype
 from patchscale.ops.dispatch import choose_implementation
 from patchscale.ops.reference import ssd_scan_reference
 
@@ -81,9 +82,7 @@ def ssd_scan(
             t is not None and t.requires_grad for t in (x, dt, A, B, C, initial_state)
         )
         chunk_size = chunk_size or DEFAULT_CHUNK_SIZE
-        y, state, _ = chunked.ssd_scan(
-            x, dt, A, B, C, initial_state, reverse, suffix, chunk_size, final_state, differentiated
-        )
+        y, state, _ = _ssd_scan(x, dt, A, B, C, initial_state, reverse, suffix, chunk_size, final_state, differentiated)
         if D is not None:
             y = torch.addcmul(y, x, D[:, None]).to(x.dtype)
     return y, state if final_state else None
@@ -92,3 +91,173 @@ def ssd_scan(
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise UserError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+@torch.library.custom_op("patchscale::ssd_scan", mutates_args=())
+def _ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    reverse: bool,
+    suffix: int,
+    chunk_size: int,
+    want_final: bool,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments as :func:`patchscale.ops.ssd_scan`, already checked, less the skip.
+
+    Returns y, the final state, and with ``keep_states`` the states at chunk boundaries that the backward starts from,
+    (batch, chunks, n, h p); empty tensors where not wanted.
+    """
+    _, _, heads, headdim = x.shape
+    work = work_dtype(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    plan, groups = cut(x, heads, headdim, reverse, suffix, chunk_size)
+    stateless = is_stateless(plan.chunks, initial_state, want_final)
+    final_state = torch.empty(_final_shape(x, B, want_final), dtype=work, device=x.device)
+    kept_chunks = plan.chunks if keep_states and not stateless else 0
+    states = torch.empty(_states_shape(x, B, kept_chunks), dtype=work, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        for group in groups:
+            scan = chunked.Scan(dt[group].to(work), A.to(work), plan, headdim, B.shape[2], stateless)
+            if initial_state is not None:
+                scan.begin(initial_state[group].to(work))
+            xs, Bs, Cs, ys = (t[group].split(plan.block_tokens, 1) for t in (x, B, C, y))
+            kept = states[group].split(plan.block_chunks, 1) if kept_chunks else [None] * len(ys)
+            for i, place in enumerate(block.place for block in plan.blocks):
+                x_i, B_i, C_i = (t[place].to(work) for t in (xs, Bs, Cs))
+                pass_on = want_final or i + 1 < len(plan.blocks)
+                scan.forward(i, x_i, B_i, C_i, ys[place], kept[place], pass_on)
+            if want_final:
+                final_state[group] = scan.final_state()
+    return y, final_state, states
+
+
+def _final_shape(x: Tensor, B: Tensor, want_final: bool) -> tuple[int, ...]:
+    batch, _, heads, headdim = x.shape
+    return (batch, heads, headdim, B.shape[2]) if want_final else (0,)
+
+
+def _states_shape(x: Tensor, B: Tensor, chunks: int) -> tuple[int, ...]:
+    batch, _, heads, headdim = x.shape
+    return (batch, chunks, B.shape[2], heads * headdim)
+
+
+@_ssd_scan.register_fake
+def _(x, dt, A, B, C, initial_state, reverse, suffix, chunk_size, want_final, keep_states):
+    work = work_dtype(x)
+    chunks = len(chunk_bounds(x.shape[1], reverse, suffix, chunk_size))
+    kept_chunks = chunks if keep_states and not is_stateless(chunks, initial_state, want_final) else 0
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(_final_shape(x, B, want_final), dtype=work),
+        x.new_empty(_states_shape(x, B, kept_chunks), dtype=work),
+    )
+
+
+@torch.library.custom_op("patchscale::ssd_scan_backward", mutates_args=())
+def _ssd_scan_backward(
+    grad_y: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    y: Tensor,
+    final_state: Tensor,
+    states: Tensor,
+    reverse: bool,
+    suffix: int,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C and initial_state, each in its tensor's dtype (empty for an absent one)."""
+    work = work_dtype(x)
+    _, _, heads, headdim = x.shape
+    d_state = B.shape[2]
+    dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
+    dA = torch.zeros(heads, dtype=work, device=x.device)
+    dinitial = torch.empty(chunked.gradient_shape(initial_state), dtype=work, device=x.device)
+    plan, groups = cut(x, heads, headdim, reverse, suffix, chunk_size)
+    stateless = is_stateless(plan.chunks, initial_state, final_state.ndim > 1)
+    with torch.autocast(x.device.type, enabled=False):
+        for group in groups:
+            scan = chunked.Scan(dt[group].to(work), A.to(work), plan, headdim, d_state, stateless)
+            scan.begin_backward(None if grad_final is None else grad_final[group].to(work))
+            next_state = None if grad_final is None else final_state[group].permute(0, 3, 1, 2).flatten(2)
+            read = [t[group].split(plan.block_tokens, 1) for t in (x, B, C, grad_y, y)]
+            written = [t[group].split(plan.block_tokens, 1) for t in (dx, dB, dC)]
+            kept = [None] * len(plan.blocks) if stateless else states[group].split(plan.block_chunks, 1)
+            for i, block in reversed([*enumerate(plan.blocks)]):
+                x_i, B_i, C_i, dy_i = (t[block.place].to(work) for t in read[:4])
+                y_i = read[4][block.place] if y.dtype == work else None
+                dx_i, *dB_dC = (t[block.place] for t in written)
+                block_states = kept[block.place]
+                results = scan.backward(i, x_i, B_i, C_i, y_i, dy_i, block_states, next_state, dx_i)
+                for gradient, result in zip(dB_dC, results, strict=True):
+                    gradient.copy_(result)
+                next_state = None if block_states is None else block_states[:, block.in_scan_order[0]]
+            ddt[group], dA_group, dinitial_group = scan.end_backward()
+            dA += dA_group
+            if initial_state is not None:
+                dinitial[group] = dinitial_group
+    return (
+        dx,
+        ddt,
+        dA.to(A.dtype),
+        dB,
+        dC,
+        dinitial if initial_state is None else dinitial.to(initial_state.dtype),
+    )
+
+
+@_ssd_scan_backward.register_fake
+def _(grad_y, grad_final, x, dt, A, B, C, initial_state, y, final_state, states, reverse, suffix, chunk_size):
+    dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
+    state_dtype = work_dtype(x) if initial_state is None else initial_state.dtype
+    dinitial = x.new_empty(chunked.gradient_shape(initial_state), dtype=state_dtype)
+    return dx, ddt, A.new_empty(A.shape), dB, dC, dinitial
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.reverse, ctx.suffix, ctx.chunk_size, _, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, grad_y, grad_final, grad_states):
+    *tensors, y, final_state, states = ctx.saved_tensors
+    grad_y = torch.zeros_like(y) if grad_y is None else grad_y
+    grad_final = grad_final if final_state.ndim > 1 else None
+    options = ctx.reverse, ctx.suffix, ctx.chunk_size
+    grads = _ssd_scan_backward(grad_y, grad_final, *tensors, y, final_state, states, *options)
+    return (
+        *(None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)),
+        *[None] * 5,
+    )
+
+
+_ssd_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.patchscale.ssd_scan)
+def _forward_flops(x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs) -> int:
+    _, initial, reverse, suffix, chunk_size, want_final, _ = args
+    products, inside, states = chunked.matrix_flops(
+        x_shape, B_shape[2], reverse, suffix, chunk_size, initial, want_final
+    )
+    return products + inside + 2 * states
+
+
+@register_flop_formula(torch.ops.patchscale.ssd_scan_backward)
+def _backward_flops(
+    grad_y_shape, grad_final_shape, x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs
+) -> int:
+    _, initial, _, final, _, reverse, suffix, chunk_size = args
+    sizes = x_shape, B_shape[2], reverse, suffix, chunk_size, initial, len(final) > 1
+    products, inside, states = chunked.matrix_flops(*sizes)
+    return 3 * products + 2 * inside + 4 * states
