@@ -129,14 +129,8 @@ class Scan:
             # Their G is H, and their S is H'.
             middle.masked_fill_(strong, 0.0)
             left.masked_fill_(strong, 0.0)
-        # Nothing is left before the first chunk, or read after the last.
-        entered = F.pad(left, (0, 0, 0, 1))[:, plan.preceding] + F.pad(middle, (0, 0, 0, 1))
-        # Below this, exp is no normal number: the rest is multiplied after it.
-        floor = 0.9 * math.log(torch.finfo(dt.dtype).tiny)
-        rest = entered - entered.clamp(min=floor)
-        # From S (before the first chunk, from H) to G of a chunk, and from the last S to H: (b, 1, h p) each
-        self.enter = _by_chunk(entered.clamp_(min=floor).exp_().to(dt.dtype), headdim)
-        self.enter_rest = _by_chunk(rest.exp_().to(dt.dtype), headdim) if bool(rest.any()) else None
+        if not stateless:
+            self.enter, self.enter_rest = self._factors_between(left, middle)
         from_middle = self.cs - middle[:, plan.chunk_of]
         if any_strong:
             hidden = strong[plan.chunk_of]  # (length, h)
@@ -153,6 +147,23 @@ class Scan:
         # S of the last chunk
         self.state = dt.new_zeros(dt.shape[0], 0 if stateless else d_state, dt.shape[2] * headdim)
         self._buffers: dict[tuple[int, int], _Buffers] = {}
+
+    def _factors_between(self, left: Tensor, middle: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+        """From S (before the first chunk, from H) to G of every chunk, then from the last S to H: (b, 1, h p) each.
+
+        The second, if there is one, is to be multiplied after the first. left, middle: log-decays, (b, chunks, h).
+        """
+        # Nothing is left before the first chunk, or read after the last.
+        entered = F.pad(left, (0, 0, 0, 1))[:, self.plan.preceding] + F.pad(middle, (0, 0, 0, 1))
+        # Below this, exp is no normal number.
+        floor = 0.9 * math.log(torch.finfo(self.dt.dtype).tiny)
+        rest = entered - entered.clamp(min=floor)
+
+        def by_chunk(log_factors: Tensor) -> tuple[Tensor, ...]:
+            # Rows multiply states twice as fast as a number for each head does.
+            return log_factors.exp_().to(self.dt.dtype).repeat_interleave(self.heads[1], 2)[:, :, None].unbind(1)
+
+        return by_chunk(entered.clamp_(min=floor)), by_chunk(rest) if bool(rest.any()) else None
 
     def begin(self, initial_state: Tensor) -> None:
         """initial_state: (b, h, p, n); without this call, zero."""
@@ -382,11 +393,6 @@ class Scan:
         ddt.addcmul_(dlog_decay, self.A)
         self._enter(self.following, self.grad_state, self.grad_state)
         return ddt, dA, self._by_head(self.grad_state).permute(0, 2, 3, 1)
-
-
-def _by_chunk(factors: Tensor, headdim: int) -> tuple[Tensor, ...]:
-    """(b, chunks, h) -> (b, 1, h p) of each chunk: rows multiply states twice as fast as a number a head."""
-    return factors.repeat_interleave(headdim, 2)[:, :, None].unbind(1)
 
 
 def gradient_shape(tensor: Tensor | None) -> tuple[int, ...]:
