@@ -465,8 +465,8 @@ def workspace_bytes(
     usual = size * min(chunks, whole)
     blocks = min(length, usual + (size * (whole % chunks) if whole > chunks else 0) + last)
     buffers = 2 * d_inner + d_inner * n // size + 2 * d_state + size  # y, rows of x and of states, B, C and products
-    rooms = 3 * d_inner  # z, silu and gated
-    passing = 2 * conv_dim  # the convolution's window and result
+    rooms = 2 * d_inner + conv_dim  # silu and gated, and the convolution's window
+    passing = conv_dim  # its result
     if backward:
         buffers += 2 * d_inner + d_inner * n // size + n + size + (n + size) ** 2 // size
         rooms += d_inner + 2 * conv_dim  # products, act and dact
