@@ -323,7 +323,7 @@ def test_for_the_backward_only_the_output_and_the_states_between_chunks_are_kept
 
 
 def test_without_gradients_nothing_is_kept():
-    _, _, states = torch.ops.patchscale.ssd_scan(*list(draw(256).values())[:5], None, False, 0, 64, False, False)
+    _, _, states = torch.ops.patchscale.ssd_scan(*list(draw(256).values())[:5], None, False, 0, 64, False, False, False)
     assert states.numel() == 0
 
 
@@ -395,14 +395,14 @@ def test_suffix_is_a_second_scan_left_to_right(assert_near, length, suffix):
 def test_custom_op_keeps_pytorchs_rules(dtype, absent, want_final):
     inputs = draw(9, batch=2, dtype=dtype)
     tensors = [None if k in absent else inputs[k].requires_grad_() for k in NAMES if k != "D"]
-    torch.library.opcheck(torch.ops.patchscale.ssd_scan.default, (*tensors, True, 1, 4, want_final, True))
+    torch.library.opcheck(torch.ops.patchscale.ssd_scan.default, (*tensors, True, 1, 4, False, want_final, True))
 
 
 def test_custom_op_accepts_strided_tensors():
     # Transposed in memory: dense, so that "like this one" would keep the strides.
     inputs = {k: v.transpose(0, -1).contiguous().transpose(0, -1) for k, v in draw(9).items() if k != "D"}
     tensors = [v.requires_grad_() for v in inputs.values()]
-    torch.library.opcheck(torch.ops.patchscale.ssd_scan.default, (*tensors, False, 0, 4, True, True))
+    torch.library.opcheck(torch.ops.patchscale.ssd_scan.default, (*tensors, False, 0, 4, False, True, True))
 
 
 def test_compiled_whole(assert_near):

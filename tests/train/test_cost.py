@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchscale.bench.measure import hand_back_freed_memory, isolated, peak_memory, preload
 from patchscale.errors import UserError
-from patchscale.ops import mixer
+from patchscale.ops import mixer, native
 from patchscale.train.build import recompute_blocks
 from patchscale.train.cost import GPUS, RECOMPUTE, Machine, training_cost
 
@@ -198,6 +198,20 @@ class _Live(TorchDispatchMode):
     ],
 )
 def test_the_mixers_workspace_is_what_it_makes(batch, length, heads, stateless, reverse):
+    for expected, made in _expected_and_made(batch, length, heads, stateless, reverse, False):
+        assert expected == pytest.approx(made, rel=0.35)
+
+
+def test_the_native_mixer_needs_less():
+    if obstacle := native.available(torch.device("cpu")):
+        pytest.skip(obstacle)
+    for sizes in ((4, 257, 4, False, True), (1, 1025, 8, False, False), (16, 18, 2, True, True)):
+        for expected, made in _expected_and_made(*sizes, True):
+            assert made < expected
+
+
+def _expected_and_made(batch, length, heads, stateless, reverse, natively):
+    """Bytes of the forward, and of the backward."""
     headdim, d_state = 64, 64
     d_inner, conv_dim = heads * headdim, heads * headdim + 2 * d_state
     made = [(batch, length, d_inner + conv_dim + heads), (conv_dim, 4), (conv_dim,), (heads,)]
@@ -206,7 +220,7 @@ def test_the_mixers_workspace_is_what_it_makes(batch, length, heads, stateless, 
     given += (
         [None, None] if stateless else [torch.zeros(batch, 3, conv_dim), torch.zeros(batch, heads, headdim, d_state)]
     )
-    options = (reverse, 0 if stateless else 1, 1e-5, 64)
+    options = (reverse, 0 if stateless else 1, 1e-5, 64, natively)
     forward, backward = mixer._mix_tokens._init_fn, mixer._mix_tokens_backward._init_fn
     forward(*given, *options, False, True)  # what is worked out once for a length is kept
 
@@ -218,9 +232,8 @@ def test_the_mixers_workspace_is_what_it_makes(batch, length, heads, stateless, 
     with _Live([grad, *given, *kept]) as live:
         gradients = backward(grad, None, *given, *kept, *options)
     found.append(live.peak - sum(t.untyped_storage().nbytes() for t in gradients))
-    for backward, made in zip((False, True), found, strict=True):
-        expected = mixer.workspace_bytes(batch, length, d_inner, heads, d_state, 4, backward, stateless)
-        assert expected == pytest.approx(made, rel=0.35)
+    sizes = batch, length, d_inner, heads, d_state, 4
+    return zip([mixer.workspace_bytes(*sizes, backward, stateless) for backward in (False, True)], found, strict=True)
 
 
 def test_a_patch_that_does_not_divide_is_refused():

@@ -24,16 +24,15 @@ Shapes in comments: b = samples in the group, k = chunks in the block, Q = token
 n = d_state. States are (b, n, h p) here, so that all heads are one matrix.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from patchscale.ops import pairwise
-from patchscale.ops.chunks import Block, Plan, chunk_bounds, is_stateless
+from patchscale.ops.chunks import Block, chunk_bounds, is_stateless
+from patchscale.ops.decays import Decays
 
 
 class _Buffers:
@@ -105,65 +104,23 @@ class _Strong:
 class Scan:
     """The scan of a group of samples, block by block in scan order; then, for gradients, back again."""
 
-    def __init__(self, dt: Tensor, A: Tensor, plan: Plan, headdim: int, d_state: int, stateless: bool = False) -> None:
-        """dt: (b, length, h) and A: (h,), both in the working precision; stateless: see ``chunks.is_stateless``."""
-        self.dt, self.A, self.plan, self.d_state, self.stateless = dt, A, plan, d_state, stateless
-        self.heads = dt.shape[2], headdim
-        # Sums of log-decays in float64: an error in them is a relative error of what they multiply. There are few.
-        exact = torch.float32 if dt.device.type == "mps" else torch.float64
-        log_decay = F.pad(dt.to(exact) * A.to(exact), (0, 0, 0, 1))
-        cs = log_decay[:, plan.padded].cumsum(2)  # (b, chunks, Q, h)
-        total = cs[:, :, -1]  # (b, chunks, h)
-        self.cs = cs.flatten(1, 2)[:, plan.place]  # (b, length, h)
-
-        strong = (total < -plan.factor_range[:, None]).any(0)  # (chunks, h)
-        any_strong = bool(strong.any())
-        middle = total / 2
-        left = total - middle  # from S to H'
-        self.strong: list[Tensor | None] = [None] * len(plan.blocks)  # heads that are computed pair by pair
-        if any_strong:
-            for i, block in enumerate(plan.blocks):
-                strong[block.numbers] = strong[block.numbers].any(0)
-                found = strong[block.first].nonzero().squeeze(1)
-                self.strong[i] = found if len(found) else None
-            # Their G is H, and their S is H'.
-            middle.masked_fill_(strong, 0.0)
-            left.masked_fill_(strong, 0.0)
-        if not stateless:
-            self.enter, self.enter_rest = self._factors_between(left, middle)
-        from_middle = self.cs - middle[:, plan.chunk_of]
-        if any_strong:
-            hidden = strong[plan.chunk_of]  # (length, h)
-            from_middle.masked_fill_(hidden, 0.0)
-        decay = from_middle.exp_()
-        read, write = decay.to(dt.dtype), decay.reciprocal().to(dt.dtype)  # exp(cs - c) and exp(c - cs)
-        if any_strong:
-            read.masked_fill_(hidden, 0.0)
-            write.masked_fill_(hidden, 0.0)
-        self.write = write  # (b, length, h)
+    def __init__(self, decays: Decays, headdim: int, d_state: int) -> None:
+        dt, plan = decays.dt, decays.plan
+        self.decays, self.plan, self.d_state, self.stateless = decays, plan, d_state, decays.enter is None
+        self.like, self.heads = dt, (dt.shape[2], headdim)
+        if decays.enter is not None:
+            self.enter = self._by_chunk(decays.enter)
+            self.enter_rest = None if decays.enter_rest is None else self._by_chunk(decays.enter_rest)
         # By block: (b, k Q, h, 1)
-        self.read = read[..., None].split(plan.block_tokens, 1)
-        self.write_dt = (write * dt)[..., None].split(plan.block_tokens, 1)
+        self.read = decays.read[..., None].split(plan.block_tokens, 1)
+        self.write_dt = decays.write_dt[..., None].split(plan.block_tokens, 1)
         # S of the last chunk
-        self.state = dt.new_zeros(dt.shape[0], 0 if stateless else d_state, dt.shape[2] * headdim)
+        self.state = dt.new_zeros(dt.shape[0], 0 if self.stateless else d_state, dt.shape[2] * headdim)
         self._buffers: dict[tuple[int, int], _Buffers] = {}
 
-    def _factors_between(self, left: Tensor, middle: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-        """From S (before the first chunk, from H) to G of every chunk, then from the last S to H: (b, 1, h p) each.
-
-        The second, if there is one, is to be multiplied after the first. left, middle: log-decays, (b, chunks, h).
-        """
-        # Nothing is left before the first chunk, or read after the last.
-        entered = F.pad(left, (0, 0, 0, 1))[:, self.plan.preceding] + F.pad(middle, (0, 0, 0, 1))
-        # Below this, exp is no normal number.
-        floor = 0.9 * math.log(torch.finfo(self.dt.dtype).tiny)
-        rest = entered - entered.clamp(min=floor)
-
-        def by_chunk(log_factors: Tensor) -> tuple[Tensor, ...]:
-            # Rows multiply states twice as fast as a number for each head does.
-            return log_factors.exp_().to(self.dt.dtype).repeat_interleave(self.heads[1], 2)[:, :, None].unbind(1)
-
-        return by_chunk(entered.clamp_(min=floor)), by_chunk(rest) if bool(rest.any()) else None
+    def _by_chunk(self, factors: Tensor) -> tuple[Tensor, ...]:
+        """(b, 1, h p) each: rows multiply states twice as fast as a number for each head does."""
+        return factors.repeat_interleave(self.heads[1], 2)[:, :, None].unbind(1)
 
     def begin(self, initial_state: Tensor) -> None:
         """initial_state: (b, h, p, n); without this call, zero."""
@@ -207,7 +164,7 @@ class Scan:
         by_chunk = block.chunks, (block.stop - block.start) // block.chunks
         buffers = self._buffers.get(by_chunk)
         if buffers is None:
-            buffers = _Buffers(self.dt.shape[0], *by_chunk, self.d_state, self.heads, self.dt, self.stateless)
+            buffers = _Buffers(self.like.shape[0], *by_chunk, self.d_state, self.heads, self.like, self.stateless)
             self._buffers[by_chunk] = buffers
         buffers.B_by_token.copy_(B)
         buffers.C_by_token.copy_(C)
@@ -230,7 +187,7 @@ class Scan:
 
     def _strong_chunks(self, i: int, x: Tensor, buffers: _Buffers) -> _Strong | None:
         """The chunks of block i, with the heads that decay too strongly for factors; None if none does."""
-        block, heads = self.plan.blocks[i], self.strong[i]
+        block, heads = self.plan.blocks[i], self.decays.strong[i]
         if heads is None:
             return None
 
@@ -240,8 +197,8 @@ class Scan:
 
         chunks = pairwise.Chunks(
             by_head(x),
-            by_head(self.dt[:, block.tokens]),
-            by_head(self.cs[:, block.tokens]),
+            by_head(self.decays.dt[:, block.tokens]),
+            by_head(self.decays.cs[:, block.tokens]),
             buffers.flat_B,
             buffers.flat_C,
             buffers.flat_products,
@@ -268,11 +225,11 @@ class Scan:
         if grad_final is not None:
             self._by_head(self.grad_state).copy_(grad_final.permute(0, 3, 1, 2))
         # For every token the sums over a head's channels of dy y and of dX' x, and for every chunk of dG G of the next
-        self.along_y, self.along_x = torch.empty_like(self.dt), torch.empty_like(self.dt)
+        self.along_y, self.along_x = torch.empty_like(self.like), torch.empty_like(self.like)
         self.along_y_by_block, self.along_x_by_block = (
             t.split(self.plan.block_tokens, 1) for t in (self.along_y, self.along_x)
         )
-        self.along_states = self.dt.new_zeros(self.dt.shape[0], self.plan.chunks, self.dt.shape[2])
+        self.along_states = self.like.new_zeros(self.like.shape[0], self.plan.chunks, self.like.shape[2])
         self.strong_gradients: list[tuple[slice, Tensor, Tensor, Tensor]] = []
 
     def backward(
@@ -378,21 +335,75 @@ class Scan:
 
         The last is empty where there are no states.
         """
-        ddt = self.along_x.mul_(self.write)
-        dcs = self.along_y.addcmul_(ddt, self.dt, value=-1)
-        # The log-decay of a token is in every cs of its chunk that is not before it, and in what passes the state on.
-        # These sums cancel to a large part, hence float64.
-        dcs = F.pad(dcs.to(self.cs.dtype), (0, 0, 0, 1))[:, self.plan.padded]  # (b, chunks, Q, h)
-        up_to = dcs.cumsum(2)
-        from_here = dcs.add_(up_to[:, :, -1:] + self.along_states[:, :, None]).sub_(up_to)
-        dlog_decay = from_here.flatten(1, 2)[:, self.plan.place].to(self.dt.dtype)
-        for tokens, heads, strong_ddt, strong_dlog_decay in self.strong_gradients:
-            ddt[:, tokens, heads] = strong_ddt
-            dlog_decay[:, tokens, heads] = strong_dlog_decay
-        dA = (dlog_decay * self.dt).sum((0, 1))
-        ddt.addcmul_(dlog_decay, self.A)
+        ddt, dA = self.decays.gradients(self.along_x, self.along_y, self.along_states, self.strong_gradients)
         self._enter(self.following, self.grad_state, self.grad_state)
         return ddt, dA, self._by_head(self.grad_state).permute(0, 2, 3, 1)
+
+
+def forward(
+    decays: Decays,
+    initial_state: Tensor | None,
+    want_final: bool,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    y: Tensor,
+    states: Tensor | None,
+) -> Tensor | None:
+    """Scan a group of samples: write y, and states if they are to be kept; returns the final state if wanted.
+
+    x, y: (b, length, h, p); B, C: (b, length, n); of any precision. initial_state: (b, h, p, n). states: (b, chunks, n,
+    h p).
+    """
+    plan, work = decays.plan, decays.dt.dtype
+    scan = Scan(decays, x.shape[3], B.shape[2])
+    if initial_state is not None:
+        scan.begin(initial_state)
+    xs, Bs, Cs, ys = (t.split(plan.block_tokens, 1) for t in (x, B, C, y))
+    kept = None if states is None else states.split(plan.block_chunks, 1)
+    for i, place in enumerate(block.place for block in plan.blocks):
+        x_i, B_i, C_i = (t[place].to(work) for t in (xs, Bs, Cs))
+        pass_on = want_final or i + 1 < len(plan.blocks)
+        scan.forward(i, x_i, B_i, C_i, ys[place], None if kept is None else kept[place], pass_on)
+    return scan.final_state() if want_final else None
+
+
+def backward(
+    decays: Decays,
+    has_initial: bool,
+    grad_final: Tensor | None,
+    final_state: Tensor | None,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    y: Tensor,
+    states: Tensor | None,
+    dy: Tensor,
+    dx: Tensor,
+    dB: Tensor,
+    dC: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write dx, dB and dC; returns the gradients of dt, A and the initial state, as ``Scan.end_backward`` does.
+
+    grad_final, final_state: None if nothing depends on the final state. states: None if there are none.
+    """
+    plan, work = decays.plan, decays.dt.dtype
+    scan = Scan(decays, x.shape[3], B.shape[2])
+    scan.begin_backward(grad_final)
+    next_state = None if final_state is None else final_state.permute(0, 3, 1, 2).flatten(2)
+    read = [t.split(plan.block_tokens, 1) for t in (x, B, C, dy, y)]
+    written = [t.split(plan.block_tokens, 1) for t in (dx, dB, dC)]
+    kept = None if states is None else states.split(plan.block_chunks, 1)
+    for i, block in reversed([*enumerate(plan.blocks)]):
+        x_i, B_i, C_i, dy_i = (t[block.place].to(work) for t in read[:4])
+        y_i = read[4][block.place] if y.dtype == work else None
+        dx_i, *dB_dC = (t[block.place] for t in written)
+        block_states = None if kept is None else kept[block.place]
+        results = scan.backward(i, x_i, B_i, C_i, y_i, dy_i, block_states, next_state, dx_i)
+        for gradient, result in zip(dB_dC, results, strict=True):
+            gradient.copy_(result)
+        next_state = None if block_states is None else block_states[:, block.in_scan_order[0]]
+    return scan.end_backward()
 
 
 def gradient_shape(tensor: Tensor | None) -> tuple[int, ...]:

@@ -45,6 +45,8 @@ class Block(NamedTuple):
 class Plan(NamedTuple):
     """How a sequence is cut into chunks and blocks; chunks are numbered as tokens stand."""
 
+    reverse: bool  # whether tokens are scanned from the right,
+    body: int  # as far as these are concerned
     chunks: int
     blocks: tuple[Block, ...]  # in scan order
     block_tokens: tuple[int, ...]  # how many tokens and chunks the blocks have, as tokens stand
@@ -54,6 +56,8 @@ class Plan(NamedTuple):
     place: Tensor  # (token,): where it stands in ``padded``, flattened
     chunk_of: Tensor  # (token,)
     factor_range: Tensor  # (chunk,): the log-decay up to which factors serve
+    order: Tensor  # (chunk,): their numbers in scan order; on the CPU, as ``starts``
+    starts: Tensor  # (chunks + 1,): the places in the scan where they start, and its length
 
 
 @functools.lru_cache(maxsize=64)
@@ -108,6 +112,8 @@ def plan(
         blocks.append(Block(start, stop, len(run), places[first], first, right, mask, mask == 0))
     standing = sorted(blocks, key=lambda block: block.start)
     return Plan(
+        reverse,
+        body,
         len(bounds),
         tuple(blocks),
         tuple(block.stop - block.start for block in standing),
@@ -117,6 +123,8 @@ def plan(
         place[:length].to(device),
         chunk_of.to(device),
         torch.tensor([_factor_range(e - s, dtype) for s, e in bounds], device=device),
+        torch.tensor(order, dtype=torch.long),
+        torch.tensor([0, *itertools.accumulate(bounds[i][1] - bounds[i][0] for i in order)]),
     )
 
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from patchscale.errors import UserError
-from patchscale.ops import triton
+from patchscale.ops import native, triton
 
 ENVIRONMENT_VARIABLE = "PATCHSCALE_OPS"
-IMPLEMENTATIONS = ("triton", "torch", "reference")
+IMPLEMENTATIONS = ("triton", "torch", "native", "reference")
 
 
 class Choice(NamedTuple):
@@ -26,10 +26,11 @@ def choose_implementation(
 
     Args:
         implementation: ``"triton"`` (fused kernels, the default on NVIDIA GPUs that can run them), ``"torch"``
-            (chunked, plain PyTorch, the default elsewhere), ``"reference"`` (token by token, for checking), or None.
+            (chunked, plain PyTorch, the default elsewhere), ``"native"`` (C++ for CPUs, float32, built when first asked
+            for; the convolution alone is plain PyTorch), ``"reference"`` (token by token, for checking), or None.
         device: where the tensors are.
         dtype: of the activations.
-        sizes: head and state sizes, by name.
+        sizes: ``heads``, ``headdim`` and ``d_state`` of the scan, if there is one, and ``taps`` of the convolution.
 
     Raises:
         UserError: the argument or ``PATCHSCALE_OPS`` names no implementation, or one that cannot run here.
@@ -42,15 +43,18 @@ def choose_implementation(
     elif device.type != "cuda":
         return Choice("torch", f"the default on {device.type}")
     else:
-        return _choose_on_gpu(device, _unfit(dtype, sizes))
+        return _choose_on_gpu(device, triton.unfit(dtype, sizes))
     if choice.implementation not in IMPLEMENTATIONS:
         raise UserError(
             f"unknown operator implementation {choice.implementation!r} ({choice.reason}); "
             f"choose one of {', '.join(IMPLEMENTATIONS)}"
         )
-    obstacle = choice.implementation == "triton" and (triton.available(device) or _unfit(dtype, sizes))
+    kernels = {"triton": triton, "native": native}.get(choice.implementation)
+    obstacle = kernels and (kernels.available(device) or kernels.unfit(dtype, sizes))
     if obstacle:
-        raise UserError(f"implementation 'triton' ({choice.reason}) cannot run: {obstacle}; choose 'torch'")
+        raise UserError(
+            f"implementation {choice.implementation!r} ({choice.reason}) cannot run: {obstacle}; choose 'torch'"
+        )
     return choice
 
 
@@ -61,13 +65,3 @@ def _choose_on_gpu(device: torch.device, unfit: str | None) -> Choice:
         return Choice("triton", f"the default on {device.type}")
     warnings.warn(f"patchscale's operators run in plain PyTorch, slower: {obstacle}", stacklevel=2)
     return Choice("torch", obstacle)
-
-
-def _unfit(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
-    """Why the Triton kernels do not take tensors like these; None if they do."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"the Triton kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    for name, size in sizes.items():
-        if size < 16 or size & (size - 1):
-            return f"the Triton kernels take a {name} that is a power of two from 16, not {size}"
-    return None

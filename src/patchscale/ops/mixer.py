@@ -1,8 +1,7 @@
 """A Mamba-2 token mixer between its two projections: convolution, scan, skip, gate and norm in one operator.
 
-Everything runs block by block of tokens, so that what one step writes is in the cache when the next one reads it. For
-the backward it keeps the scan's output and the states at chunk boundaries; the convolution and the gate are computed
-again.
+For the backward it keeps the scan's output and the states at chunk boundaries. The work on a group of samples is done
+in plain PyTorch (`mixer_blocks.py`), in C++ (`native/`) or in Triton (`triton/`).
 """
 
 import torch
@@ -13,8 +12,10 @@ from torch.utils.flop_counter import register_flop_formula
 from patchscale.errors import UserError
 from patchscale.ops import chunked
 from patchscale.ops.chunks import DEFAULT_CHUNK_SIZE, chunk_bounds, cut, group_and_block, is_stateless, work_dtype
-from patchscale.ops.conv import convolve, convolve_backward, gradients_of_window, tokens_before_next, window_of
+from patchscale.ops.decays import Decays
 from patchscale.ops.dispatch import choose_implementation
+from patchscale.ops.mixer_blocks import Blocks, Parameters, Sizes
+from patchscale.ops.native.mixer import NativeMixer
 from patchscale.ops.reference import mix_tokens_reference
 
 
@@ -90,7 +91,7 @@ def mix_tokens(
         raise UserError(f"suffix is {suffix}, expected 0 to the length, {length}")
 
     tensors = (projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, history, initial_state)
-    sizes = {"headdim": d_inner // heads, "d_state": d_state}
+    sizes = {"heads": heads, "headdim": d_inner // heads, "d_state": d_state, "taps": conv_weight.shape[1]}
     chosen = choose_implementation(implementation, projected.device, projected.dtype, **sizes).implementation
     if chosen == "triton":
         from patchscale.ops.triton.mixer import mix_tokens as triton_mix
@@ -100,7 +101,8 @@ def mix_tokens(
         out, state = mix_tokens_reference(*tensors, reverse, suffix, eps)
     else:
         differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        out, state, _, _ = _mix_tokens(*tensors, reverse, suffix, eps, DEFAULT_CHUNK_SIZE, final_state, differentiated)
+        options = reverse, suffix, eps, DEFAULT_CHUNK_SIZE, chosen == "native"
+        out, state, _, _ = _mix_tokens(*tensors, *options, final_state, differentiated)
     return out, state if final_state else None
 
 
@@ -119,12 +121,14 @@ def _mix_tokens(
     suffix: int,
     eps: float,
     chunk_size: int,
+    native: bool,
     want_final: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Out, the final state, and with ``keep`` the scan's output and the states at chunk boundaries (else empty)."""
+    projected = projected.contiguous() if native else projected
     batch, length, _ = projected.shape
-    sizes = _Sizes(conv_weight, A, norm_weight)
+    sizes = Sizes(conv_weight, A, norm_weight)
     work = work_dtype(projected)
     plan, groups = cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size)
     stateless = is_stateless(plan.chunks, initial_state, want_final)
@@ -135,51 +139,30 @@ def _mix_tokens(
         for shape in _kept_shapes(projected, sizes, kept_chunks, want_final, keep)
     )
     with torch.autocast(projected.device.type, enabled=False):
-        stream = _Stream(sizes, conv_weight, conv_bias, dt_bias, A, D, norm_weight, eps, work)
+        parameters = Parameters(conv_weight.to(work), conv_bias.to(work), D.to(work), norm_weight.to(work), eps)
+        blocks = Blocks(sizes, parameters)
+        kernels = NativeMixer(sizes, parameters) if native else None
         for group in groups:
             z, xBC, dt = sizes.split(projected[group])
-            scan = chunked.Scan(stream.step_sizes(dt), stream.A, plan, sizes.headdim, sizes.d_state, stateless)
-            if initial_state is not None:
-                scan.begin(initial_state[group].to(work))
-            before = stream.history(history, group, xBC)
-            zs, xBCs, outs = (t.split(plan.block_tokens, 1) for t in (z, xBC, out[group]))
-            kept_ys = ys[group].split(plan.block_tokens, 1) if keep else None
-            kept_states = states[group].split(plan.block_chunks, 1) if kept_chunks else None
-            for i, block in enumerate(plan.blocks):
-                window = stream.window(xBCs[block.place], before, block.reverse)
-                before = tokens_before_next(xBCs[block.place], before, block.reverse)
-                x, B, C = sizes.split_conv(F.silu(stream.convolve(window, block.reverse), inplace=True))
-                y = stream.room("y", x.shape[:2]) if kept_ys is None else kept_ys[block.place]
-                block_states = None if kept_states is None else kept_states[block.place]
-                pass_on = want_final or i + 1 < len(plan.blocks)
-                scan.forward(i, x, B, C, y.unflatten(2, sizes.by_head), block_states, pass_on)
-                _, gated, scale = stream.gate(y, x, zs[block.place])
-                torch.mul(gated.mul_(scale), stream.norm_weight, out=outs[block.place])
-            if want_final:
-                final_state[group] = scan.final_state()
+            decays = Decays(F.softplus(dt.to(work) + dt_bias.to(work)), A.to(work), plan, stateless)
+            mixer = blocks if kernels is None or decays.any_strong else kernels
+            final = mixer.forward(
+                decays,
+                _history(history, group, xBC, sizes.width),
+                None if initial_state is None else initial_state[group].to(work),
+                want_final,
+                z,
+                xBC,
+                ys[group] if keep else None,
+                states[group] if kept_chunks else None,
+                out[group],
+            )
+            if final is not None:
+                final_state[group] = final
     return out, final_state, ys, states
 
 
-class _Sizes:
-    """The dimensions of a mixer, and how its channels are divided."""
-
-    def __init__(self, conv_weight: Tensor, A: Tensor, norm_weight: Tensor) -> None:
-        self.conv_dim, self.width = conv_weight.shape
-        self.d_inner, self.heads = norm_weight.shape[0], A.shape[0]
-        self.headdim, self.d_state = self.d_inner // self.heads, (self.conv_dim - self.d_inner) // 2
-        self.by_head = self.heads, self.headdim
-
-    def split(self, projected: Tensor) -> tuple[Tensor, ...]:
-        """z, xBC and dt."""
-        return projected.split([self.d_inner, self.conv_dim, self.heads], dim=-1)
-
-    def split_conv(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x by head, B and C."""
-        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
-        return x.unflatten(-1, self.by_head), B, C
-
-
-def _kept_shapes(projected: Tensor, sizes: _Sizes, chunks: int, want_final: bool, keep: bool) -> list[tuple[int, ...]]:
+def _kept_shapes(projected: Tensor, sizes: Sizes, chunks: int, want_final: bool, keep: bool) -> list[tuple[int, ...]]:
     """Of the final state, of the scan's output and of the states; empty where not wanted."""
     batch, length, _ = projected.shape
     return [
@@ -189,80 +172,19 @@ def _kept_shapes(projected: Tensor, sizes: _Sizes, chunks: int, want_final: bool
     ]
 
 
-class _Stream:
-    """The parts of a mixer that work on one block of tokens, in the working precision."""
-
-    def __init__(
-        self,
-        sizes: _Sizes,
-        conv_weight: Tensor,
-        conv_bias: Tensor,
-        dt_bias: Tensor,
-        A: Tensor,
-        D: Tensor,
-        norm_weight: Tensor,
-        eps: float,
-        work: torch.dtype,
-    ) -> None:
-        self.sizes, self.eps = sizes, eps
-        self.taps = conv_weight.to(work)
-        self.flipped_taps = self.taps.flip(1)
-        self.conv_bias, self.dt_bias, self.A = conv_bias.to(work), dt_bias.to(work), A.to(work)
-        self.norm_weight = norm_weight.to(work)
-        self.D = D.to(work)
-        self.rooms: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-
-    def room(self, name: str, tokens: tuple[int, ...], channels: int | None = None) -> Tensor:
-        """(*tokens, d_inner or channels), the same memory whenever asked: what was just in use is in the cache."""
-        key = (name, tuple(tokens))
-        if key not in self.rooms:
-            self.rooms[key] = self.norm_weight.new_empty(*tokens, channels or self.sizes.d_inner)
-        return self.rooms[key]
-
-    def step_sizes(self, dt: Tensor) -> Tensor:
-        return F.softplus(dt.to(self.A.dtype) + self.dt_bias)
-
-    def history(self, history: Tensor | None, group: slice, xBC: Tensor) -> Tensor:
-        if history is None:
-            return xBC.new_zeros(xBC.shape[0], self.sizes.width - 1, self.sizes.conv_dim)
-        return history[group].to(xBC.dtype)
-
-    def window(self, block: Tensor, before: Tensor, reverse: bool) -> Tensor:
-        length = before.shape[1] + block.shape[1]
-        return window_of(block, before, reverse, self.room("window", (block.shape[0], length), self.sizes.conv_dim))
-
-    def convolve(self, window: Tensor, reverse: bool) -> Tensor:
-        return convolve(window, self.flipped_taps if reverse else self.taps, self.conv_bias)
-
-    def gate(self, y: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With the skip y + D x: silu(z), its product with silu(z), and one over that product's root mean square."""
-        silu = torch.ops.aten.silu.out(z.to(y.dtype), out=self.room("silu", y.shape[:2]))
-        gated = self.room("gated", y.shape[:2])
-        torch.addcmul(y.view(x.shape), x, self.D[:, None], out=gated.view(x.shape))
-        gated.mul_(silu)
-        norm = torch.linalg.vector_norm(gated, dim=-1, keepdim=True)
-        return silu, gated, norm.square_().div_(self.sizes.d_inner).add_(self.eps).rsqrt_()
-
-    def gate_backward(self, dout: Tensor, y: Tensor, x: Tensor, z: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the gradient of z; returns those of y, the skip included, and of norm_weight."""
-        silu, gated, scale = self.gate(y, x, z)
-        products = torch.mul(dout, gated, out=self.room("products", y.shape[:2])).flatten(0, 1)
-        dnorm_weight = torch.mv(products.t(), scale.flatten())
-        along = torch.mv(products, self.norm_weight).view(scale.shape).mul_(scale.pow(3)).div_(-self.sizes.d_inner)
-        dgated = torch.mul(dout, self.norm_weight, out=products.view(y.shape)).mul_(scale)
-        dgated.addcmul_(gated, along)
-        skipped = torch.addcmul(y.view(x.shape), x, self.D[:, None], out=gated.view(x.shape)).view(y.shape)
-        dsilu = skipped.mul_(dgated)
-        dz.copy_(torch.ops.aten.silu_backward.grad_input(dsilu, z.to(dsilu.dtype), grad_input=dsilu))
-        return dgated.mul_(silu), dnorm_weight
+def _history(history: Tensor | None, group: slice, xBC: Tensor, width: int) -> Tensor:
+    """(samples in the group, width - 1, conv_dim), zeros for None."""
+    if history is None:
+        return xBC.new_zeros(xBC.shape[0], width - 1, xBC.shape[2])
+    return history[group].to(xBC.dtype)
 
 
 @_mix_tokens.register_fake
 def _(
     projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, history, initial_state,
-    reverse, suffix, eps, chunk_size, want_final, keep,
+    reverse, suffix, eps, chunk_size, native, want_final, keep,
 ):  # fmt: skip
-    sizes, work = _Sizes(conv_weight, A, norm_weight), work_dtype(projected)
+    sizes, work = Sizes(conv_weight, A, norm_weight), work_dtype(projected)
     chunks = len(chunk_bounds(projected.shape[1], reverse, suffix, chunk_size))
     kept_chunks = chunks if keep and not is_stateless(chunks, initial_state, want_final) else 0
     kept = [projected.new_empty(s, dtype=work) for s in _kept_shapes(projected, sizes, kept_chunks, want_final, keep)]
@@ -289,9 +211,11 @@ def _mix_tokens_backward(
     suffix: int,
     eps: float,
     chunk_size: int,
+    native: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first nine tensors of the forward, each in its dtype (empty for an absent one)."""
-    sizes, work = _Sizes(conv_weight, A, norm_weight), work_dtype(projected)
+    projected = projected.contiguous() if native else projected
+    sizes, work = Sizes(conv_weight, A, norm_weight), work_dtype(projected)
     plan, groups = cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size)
     stateless = is_stateless(plan.chunks, initial_state, final_state.ndim > 1)
     dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
@@ -301,63 +225,44 @@ def _mix_tokens_backward(
 
     dtaps, dconv_bias = zeros(sizes.conv_dim, sizes.width), zeros(sizes.conv_dim)
     ddt_bias, dA = zeros(sizes.heads), zeros(sizes.heads)
-    dnorm_weight, dD = zeros(sizes.d_inner), zeros(sizes.d_inner)
+    dnorm_weight, dD = zeros(sizes.d_inner), zeros(sizes.heads)
     dhistory = zeros(*chunked.gradient_shape(history))
     dinitial = zeros(*chunked.gradient_shape(initial_state))
     with torch.autocast(projected.device.type, enabled=False):
-        stream = _Stream(sizes, conv_weight, conv_bias, dt_bias, A, D, norm_weight, eps, work)
+        parameters = Parameters(conv_weight.to(work), conv_bias.to(work), D.to(work), norm_weight.to(work), eps)
+        blocks = Blocks(sizes, parameters)
+        kernels = NativeMixer(sizes, parameters) if native else None
+        work_dt_bias = dt_bias.to(work)
         for group in groups:
             z, xBC, dt = sizes.split(projected[group])
             dz, dxBC, ddt = sizes.split(dprojected[group])
-            scan = chunked.Scan(stream.step_sizes(dt), stream.A, plan, sizes.headdim, sizes.d_state, stateless)
-            scan.begin_backward(None if grad_final is None else grad_final[group].to(work))
-            zs, xBCs, dzs, dxBCs = (t.split(plan.block_tokens, 1) for t in (z, xBC, dz, dxBC))
-            kept_ys, douts = (t[group].split(plan.block_tokens, 1) for t in (ys, grad_out))
-            kept_states = None if stateless else states[group].split(plan.block_chunks, 1)
-            befores = [stream.history(history, group, xBC)]
-            for block in plan.blocks:
-                befores.append(tokens_before_next(xBCs[block.place], befores[-1], block.reverse))
-            dafter = torch.zeros_like(
-                befores[0], dtype=work
-            )  # of a block's last tokens, from the next one's convolution
-            next_state = None if grad_final is None else final_state[group].permute(0, 3, 1, 2).flatten(2)
-            for i, block in reversed([*enumerate(plan.blocks)]):
-                window = stream.window(xBCs[block.place], befores[i], block.reverse)
-                pre = stream.convolve(window, block.reverse)
-                rooms = [stream.room(name, pre.shape[:2], sizes.conv_dim) for name in ("act", "dact")]
-                x, B, C = sizes.split_conv(torch.ops.aten.silu.out(pre, out=rooms[0]))
-                y, dout = kept_ys[block.place], douts[block.place].to(work)
-                dy, dweight = stream.gate_backward(dout, y, x, zs[block.place], dzs[block.place])
-                dnorm_weight += dweight
-                dact = rooms[1]
-                dx, dB, dC = sizes.split_conv(dact)
-                dy, y = dy.view(x.shape), y.unflatten(2, sizes.by_head)
-                block_states = None if kept_states is None else kept_states[block.place]
-                dB_dC = scan.backward(i, x, B, C, y, dy, block_states, next_state, dx)
-                for gradient, value in zip((dB, dC), dB_dC, strict=True):
-                    gradient.copy_(value)
-                next_state = None if block_states is None else block_states[:, block.in_scan_order[0]]
-                dx.addcmul_(dy, stream.D[:, None])
-                dD += (
-                    torch.mul(dy, x, out=stream.room("silu", dout.shape[:2]).view(x.shape))
-                    .flatten(0, 1)
-                    .flatten(1)
-                    .sum(0)
-                )
-                dpre = torch.ops.aten.silu_backward.grad_input(dact, pre, grad_input=dact)
-                taps = stream.flipped_taps if block.reverse else stream.taps
-                dwindow, dblock_taps, dblock_bias = convolve_backward(dpre, window, taps)
-                dtaps += dblock_taps.flip(1) if block.reverse else dblock_taps
-                dconv_bias += dblock_bias
-                dblock, dafter = gradients_of_window(dwindow, dafter, block.reverse)
-                dxBCs[block.place].copy_(dblock)
-            dsteps, dA_group, dinitial_group = scan.end_backward()
-            dA += dA_group
+            steps = dt.to(work) + work_dt_bias
+            decays = Decays(F.softplus(steps), A.to(work), plan, stateless)
+            mixer = blocks if kernels is None or decays.any_strong else kernels
+            gradients = mixer.backward(
+                decays,
+                _history(history, group, xBC, sizes.width),
+                initial_state is not None,
+                None if grad_final is None else grad_final[group].to(work),
+                None if grad_final is None else final_state[group],
+                z,
+                xBC,
+                ys[group],
+                None if stateless else states[group],
+                grad_out[group],
+                dz,
+                dxBC,
+            )
+            dA += gradients.A
+            dtaps += gradients.taps
+            dconv_bias += gradients.conv_bias
+            dD += gradients.D
+            dnorm_weight += gradients.norm_weight
             if history is not None:
-                dhistory[group] = dafter
+                dhistory[group] = gradients.history
             if initial_state is not None:
-                dinitial[group] = dinitial_group
-            dsteps *= torch.sigmoid(dt.to(work) + stream.dt_bias)
+                dinitial[group] = gradients.initial_state
+            dsteps = gradients.dt.mul_(torch.sigmoid(steps))
             ddt_bias += dsteps.sum((0, 1))
             ddt.copy_(dsteps)
     return (
@@ -366,7 +271,7 @@ def _mix_tokens_backward(
         dconv_bias.to(conv_bias.dtype),
         ddt_bias.to(dt_bias.dtype),
         dA.to(A.dtype),
-        dD.view(sizes.by_head).sum(1).to(D.dtype),
+        dD.to(D.dtype),
         dnorm_weight.to(norm_weight.dtype),
         dhistory if history is None else dhistory.to(history.dtype),
         dinitial if initial_state is None else dinitial.to(initial_state.dtype),
@@ -376,7 +281,7 @@ def _mix_tokens_backward(
 @_mix_tokens_backward.register_fake
 def _(
     grad_out, grad_final, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, history, initial_state,
-    final_state, ys, states, reverse, suffix, eps, chunk_size,
+    final_state, ys, states, reverse, suffix, eps, chunk_size, native,
 ):  # fmt: skip
     present = projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight
     work = work_dtype(projected)
@@ -390,7 +295,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.reverse, ctx.suffix, ctx.eps, ctx.chunk_size, _, _ = inputs
+    *tensors, ctx.reverse, ctx.suffix, ctx.eps, ctx.chunk_size, ctx.native, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.shape = output[0].shape
@@ -401,9 +306,9 @@ def _backward(ctx, grad_out, grad_final, grad_ys, grad_states):
     tensors, kept = saved[:-3], saved[-3:]
     grad_out = tensors[0].new_zeros(ctx.shape) if grad_out is None else grad_out
     grad_final = grad_final if kept[0].ndim > 1 else None
-    options = ctx.reverse, ctx.suffix, ctx.eps, ctx.chunk_size
+    options = ctx.reverse, ctx.suffix, ctx.eps, ctx.chunk_size, ctx.native
     grads = _mix_tokens_backward(grad_out, grad_final, *tensors, *kept, *options)
-    return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), *[None] * 6
+    return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), *[None] * 7
 
 
 _mix_tokens.register_autograd(_backward, setup_context=_setup_context)
@@ -418,7 +323,7 @@ def _scan_flops(projected_shape, conv_shape, A_shape, norm_shape, *options) -> t
 
 @register_flop_formula(torch.ops.patchscale.mix_tokens)
 def _forward_flops(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *args, out_shape=None, **kw) -> int:
-    _, initial, reverse, suffix, _, chunk_size, want_final, _ = args
+    _, initial, reverse, suffix, _, chunk_size, _, want_final, _ = args
     options = reverse, suffix, chunk_size, initial, want_final
     products, inside, states = _scan_flops(projected, conv_weight, A, norm_weight, *options)
     return products + inside + 2 * states
@@ -428,7 +333,7 @@ def _forward_flops(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight
 def _backward_flops(
     grad_out, grad_final, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *args, out_shape=None, **kw
 ) -> int:
-    _, initial, final, _, _, reverse, suffix, _, chunk_size = args
+    _, initial, final, _, _, reverse, suffix, _, chunk_size, _ = args
     options = reverse, suffix, chunk_size, initial, len(final) > 1
     products, inside, states = _scan_flops(projected, conv_weight, A, norm_weight, *options)
     return 3 * products + 2 * inside + 4 * states

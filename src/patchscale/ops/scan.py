@@ -7,7 +7,9 @@ from torch.utils.flop_counter import register_flop_formula
 from patchscale.errors import UserError
 from patchscale.ops import chunked
 from patchscale.ops.chunks import DEFAULT_CHUNK_SIZE, chunk_bounds, cut, is_stateless, work_dtype
+from patchscale.ops.decays import Decays
 from patchscale.ops.dispatch import choose_implementation
+from patchscale.ops.native import scan as native_scan
 from patchscale.ops.reference import ssd_scan_reference
 
 
@@ -70,7 +72,8 @@ def ssd_scan(
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"chunk_size is {chunk_size}, expected at least 1")
 
-    chosen = choose_implementation(implementation, x.device, x.dtype, headdim=headdim, d_state=d_state).implementation
+    sizes = {"heads": heads, "headdim": headdim, "d_state": d_state}
+    chosen = choose_implementation(implementation, x.device, x.dtype, **sizes).implementation
     if chosen == "triton":
         from patchscale.ops.triton.scan import ssd_scan as triton_scan
 
@@ -82,7 +85,8 @@ def ssd_scan(
             t is not None and t.requires_grad for t in (x, dt, A, B, C, initial_state)
         )
         chunk_size = chunk_size or DEFAULT_CHUNK_SIZE
-        y, state, _ = _ssd_scan(x, dt, A, B, C, initial_state, reverse, suffix, chunk_size, final_state, differentiated)
+        options = reverse, suffix, chunk_size, chosen == "native"
+        y, state, _ = _ssd_scan(x, dt, A, B, C, initial_state, *options, final_state, differentiated)
         if D is not None:
             y = torch.addcmul(y, x, D[:, None]).to(x.dtype)
     return y, state if final_state else None
@@ -104,6 +108,7 @@ def _ssd_scan(
     reverse: bool,
     suffix: int,
     chunk_size: int,
+    native: bool,
     want_final: bool,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,17 +127,14 @@ def _ssd_scan(
     states = torch.empty(_states_shape(x, B, kept_chunks), dtype=work, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         for group in groups:
-            scan = chunked.Scan(dt[group].to(work), A.to(work), plan, headdim, B.shape[2], stateless)
-            if initial_state is not None:
-                scan.begin(initial_state[group].to(work))
-            xs, Bs, Cs, ys = (t[group].split(plan.block_tokens, 1) for t in (x, B, C, y))
-            kept = states[group].split(plan.block_chunks, 1) if kept_chunks else [None] * len(ys)
-            for i, place in enumerate(block.place for block in plan.blocks):
-                x_i, B_i, C_i = (t[place].to(work) for t in (xs, Bs, Cs))
-                pass_on = want_final or i + 1 < len(plan.blocks)
-                scan.forward(i, x_i, B_i, C_i, ys[place], kept[place], pass_on)
-            if want_final:
-                final_state[group] = scan.final_state()
+            decays = Decays(dt[group].to(work), A.to(work), plan, stateless)
+            initial = None if initial_state is None else initial_state[group].to(work)
+            group_states = states[group] if kept_chunks else None
+            implementation = native_scan if native and not decays.any_strong else chunked
+            read = x[group], B[group], C[group]
+            final = implementation.forward(decays, initial, want_final, *read, y[group], group_states)
+            if final is not None:
+                final_state[group] = final
     return y, final_state, states
 
 
@@ -147,7 +149,7 @@ def _states_shape(x: Tensor, B: Tensor, chunks: int) -> tuple[int, ...]:
 
 
 @_ssd_scan.register_fake
-def _(x, dt, A, B, C, initial_state, reverse, suffix, chunk_size, want_final, keep_states):
+def _(x, dt, A, B, C, initial_state, reverse, suffix, chunk_size, native, want_final, keep_states):
     work = work_dtype(x)
     chunks = len(chunk_bounds(x.shape[1], reverse, suffix, chunk_size))
     kept_chunks = chunks if keep_states and not is_stateless(chunks, initial_state, want_final) else 0
@@ -174,11 +176,11 @@ def _ssd_scan_backward(
     reverse: bool,
     suffix: int,
     chunk_size: int,
+    native: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C and initial_state, each in its tensor's dtype (empty for an absent one)."""
     work = work_dtype(x)
     _, _, heads, headdim = x.shape
-    d_state = B.shape[2]
     dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
     dA = torch.zeros(heads, dtype=work, device=x.device)
     dinitial = torch.empty(chunked.gradient_shape(initial_state), dtype=work, device=x.device)
@@ -186,22 +188,17 @@ def _ssd_scan_backward(
     stateless = is_stateless(plan.chunks, initial_state, final_state.ndim > 1)
     with torch.autocast(x.device.type, enabled=False):
         for group in groups:
-            scan = chunked.Scan(dt[group].to(work), A.to(work), plan, headdim, d_state, stateless)
-            scan.begin_backward(None if grad_final is None else grad_final[group].to(work))
-            next_state = None if grad_final is None else final_state[group].permute(0, 3, 1, 2).flatten(2)
-            read = [t[group].split(plan.block_tokens, 1) for t in (x, B, C, grad_y, y)]
-            written = [t[group].split(plan.block_tokens, 1) for t in (dx, dB, dC)]
-            kept = [None] * len(plan.blocks) if stateless else states[group].split(plan.block_chunks, 1)
-            for i, block in reversed([*enumerate(plan.blocks)]):
-                x_i, B_i, C_i, dy_i = (t[block.place].to(work) for t in read[:4])
-                y_i = read[4][block.place] if y.dtype == work else None
-                dx_i, *dB_dC = (t[block.place] for t in written)
-                block_states = kept[block.place]
-                results = scan.backward(i, x_i, B_i, C_i, y_i, dy_i, block_states, next_state, dx_i)
-                for gradient, result in zip(dB_dC, results, strict=True):
-                    gradient.copy_(result)
-                next_state = None if block_states is None else block_states[:, block.in_scan_order[0]]
-            ddt[group], dA_group, dinitial_group = scan.end_backward()
+            decays = Decays(dt[group].to(work), A.to(work), plan, stateless)
+            implementation = native_scan if native and not decays.any_strong else chunked
+            ddt[group], dA_group, dinitial_group = implementation.backward(
+                decays,
+                initial_state is not None,
+                None if grad_final is None else grad_final[group].to(work),
+                None if grad_final is None else final_state[group],
+                *(t[group] for t in (x, B, C, y)),
+                None if stateless else states[group],
+                *(t[group] for t in (grad_y, dx, dB, dC)),
+            )
             dA += dA_group
             if initial_state is not None:
                 dinitial[group] = dinitial_group
@@ -216,7 +213,7 @@ def _ssd_scan_backward(
 
 
 @_ssd_scan_backward.register_fake
-def _(grad_y, grad_final, x, dt, A, B, C, initial_state, y, final_state, states, reverse, suffix, chunk_size):
+def _(grad_y, grad_final, x, dt, A, B, C, initial_state, y, final_state, states, reverse, suffix, chunk_size, native):
     dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
     state_dtype = work_dtype(x) if initial_state is None else initial_state.dtype
     dinitial = x.new_empty(chunked.gradient_shape(initial_state), dtype=state_dtype)
@@ -224,7 +221,7 @@ def _(grad_y, grad_final, x, dt, A, B, C, initial_state, y, final_state, states,
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.reverse, ctx.suffix, ctx.chunk_size, _, _ = inputs
+    *tensors, ctx.reverse, ctx.suffix, ctx.chunk_size, ctx.native, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
@@ -233,11 +230,11 @@ def _backward(ctx, grad_y, grad_final, grad_states):
     *tensors, y, final_state, states = ctx.saved_tensors
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
     grad_final = grad_final if final_state.ndim > 1 else None
-    options = ctx.reverse, ctx.suffix, ctx.chunk_size
+    options = ctx.reverse, ctx.suffix, ctx.chunk_size, ctx.native
     grads = _ssd_scan_backward(grad_y, grad_final, *tensors, y, final_state, states, *options)
     return (
         *(None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)),
-        *[None] * 5,
+        *[None] * 6,
     )
 
 
@@ -246,7 +243,7 @@ _ssd_scan.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.patchscale.ssd_scan)
 def _forward_flops(x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs) -> int:
-    _, initial, reverse, suffix, chunk_size, want_final, _ = args
+    _, initial, reverse, suffix, chunk_size, _, want_final, _ = args
     products, inside, states = chunked.matrix_flops(
         x_shape, B_shape[2], reverse, suffix, chunk_size, initial, want_final
     )
@@ -257,7 +254,7 @@ def _forward_flops(x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, *
 def _backward_flops(
     grad_y_shape, grad_final_shape, x_shape, dt_shape, A_shape, B_shape, *args, out_shape=None, **kwargs
 ) -> int:
-    _, initial, _, final, _, reverse, suffix, chunk_size = args
+    _, initial, _, final, _, reverse, suffix, chunk_size, _ = args
     sizes = x_shape, B_shape[2], reverse, suffix, chunk_size, initial, len(final) > 1
     products, inside, states = chunked.matrix_flops(*sizes)
     return 3 * products + 2 * inside + 4 * states

@@ -314,9 +314,12 @@ def _size(tensor: Tensor) -> int:
 
 
 def _workspace(func: Any, args: tuple[Any, ...]) -> int:
-    """Bytes that an operator of this project needs while it runs; PyTorch's own need none to speak of."""
+    """Bytes that an operator of this project needs while it runs; PyTorch's own need none to speak of.
+
+    The native mixer is counted as the plain one, which needs some MiB more.
+    """
     if func is torch.ops.patchscale.mix_tokens.default:
-        tensors, backward, want_final, options = args[:9], False, args[13], args[9:13]
+        tensors, backward, want_final, options = args[:9], False, args[14], args[9:13]
     elif func is torch.ops.patchscale.mix_tokens_backward.default:
         tensors, backward, want_final, options = args[2:11], True, args[11].ndim > 1, args[14:18]
     else:

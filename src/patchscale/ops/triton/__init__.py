@@ -33,3 +33,14 @@ def available(device: torch.device) -> str | None:
             f"the Triton kernels need {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
         )
     return None
+
+
+def unfit(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    """Why the kernels do not take tensors like these; None if they do. sizes: as ``choose_implementation`` has them."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the Triton kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    for name in ("headdim", "d_state"):
+        size = sizes.get(name, 16)
+        if size < 16 or size & (size - 1):
+            return f"the Triton kernels take a {name} that is a power of two from 16, not {size}"
+    return None

@@ -1,0 +1,205 @@
+"""A mixer between its projections in plain PyTorch, block by block of tokens.
+
+What one step writes is in the cache when the next one reads it. For the backward there are the scan's output and the
+states at chunk boundaries; the convolution and the gate are computed again.
+
+Shapes in comments: b = samples in the group, h = heads, p = headdim, n = d_state.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchscale.ops import chunked
+from patchscale.ops.conv import convolve, convolve_backward, gradients_of_window, tokens_before_next, window_of
+from patchscale.ops.decays import Decays
+
+
+class Sizes:
+    """The dimensions of a mixer, and how its channels are divided."""
+
+    def __init__(self, conv_weight: Tensor, A: Tensor, norm_weight: Tensor) -> None:
+        self.conv_dim, self.width = conv_weight.shape
+        self.d_inner, self.heads = norm_weight.shape[0], A.shape[0]
+        self.headdim, self.d_state = self.d_inner // self.heads, (self.conv_dim - self.d_inner) // 2
+        self.by_head = self.heads, self.headdim
+
+    def split(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """z, xBC and dt."""
+        return projected.split([self.d_inner, self.conv_dim, self.heads], dim=-1)
+
+    def split_conv(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x by head, B and C."""
+        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        return x.unflatten(-1, self.by_head), B, C
+
+
+class Parameters(NamedTuple):
+    """Of the convolution, the skip and the norm, in the working precision."""
+
+    taps: Tensor  # (conv_dim, width)
+    conv_bias: Tensor
+    D: Tensor
+    norm_weight: Tensor
+    eps: float
+
+
+class Gradients(NamedTuple):
+    """Of a group of samples."""
+
+    dt: Tensor  # of the step sizes, (b, length, h)
+    A: Tensor
+    taps: Tensor
+    conv_bias: Tensor
+    D: Tensor
+    norm_weight: Tensor
+    history: Tensor
+    initial_state: Tensor
+
+
+class Blocks:
+    """The work on groups of samples, a block of tokens at a time."""
+
+    def __init__(self, sizes: Sizes, parameters: Parameters) -> None:
+        self.sizes, self.parameters = sizes, parameters
+        self.flipped_taps = parameters.taps.flip(1)
+        self.rooms: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def forward(
+        self,
+        decays: Decays,
+        history: Tensor,
+        initial_state: Tensor | None,
+        want_final: bool,
+        z: Tensor,
+        xBC: Tensor,
+        ys: Tensor | None,
+        states: Tensor | None,
+        out: Tensor,
+    ) -> Tensor | None:
+        """Write out, and ys and states if they are to be kept; returns the state after the last token if wanted.
+
+        history: (b, width - 1, conv_dim). initial_state: (b, h, p, n). z, ys, out: (b, length, d_inner).
+        xBC: (b, length, conv_dim). states: (b, chunks, n, h p).
+        """
+        sizes, plan = self.sizes, decays.plan
+        scan = chunked.Scan(decays, sizes.headdim, sizes.d_state)
+        if initial_state is not None:
+            scan.begin(initial_state)
+        before = history
+        zs, xBCs, outs = (t.split(plan.block_tokens, 1) for t in (z, xBC, out))
+        kept_ys = None if ys is None else ys.split(plan.block_tokens, 1)
+        kept_states = None if states is None else states.split(plan.block_chunks, 1)
+        for i, block in enumerate(plan.blocks):
+            window = self._window(xBCs[block.place], before, block.reverse)
+            before = tokens_before_next(xBCs[block.place], before, block.reverse)
+            x, B, C = sizes.split_conv(F.silu(self._convolve(window, block.reverse), inplace=True))
+            y = self._room("y", x.shape[:2]) if kept_ys is None else kept_ys[block.place]
+            block_states = None if kept_states is None else kept_states[block.place]
+            pass_on = want_final or i + 1 < len(plan.blocks)
+            scan.forward(i, x, B, C, y.unflatten(2, sizes.by_head), block_states, pass_on)
+            _, gated, scale = self._gate(y, x, zs[block.place])
+            torch.mul(gated.mul_(scale), self.parameters.norm_weight, out=outs[block.place])
+        return scan.final_state() if want_final else None
+
+    def backward(
+        self,
+        decays: Decays,
+        history: Tensor,
+        has_initial: bool,
+        grad_final: Tensor | None,
+        final_state: Tensor | None,
+        z: Tensor,
+        xBC: Tensor,
+        ys: Tensor,
+        states: Tensor | None,
+        dout: Tensor,
+        dz: Tensor,
+        dxBC: Tensor,
+    ) -> Gradients:
+        """Write dz and dxBC; other arguments as above, and grad_final as final_state, None if nothing depends on it.
+
+        states: None if there are none.
+        """
+        sizes, plan, parameters = self.sizes, decays.plan, self.parameters
+        scan = chunked.Scan(decays, sizes.headdim, sizes.d_state)
+        scan.begin_backward(grad_final)
+        zs, xBCs, dzs, dxBCs, kept_ys, douts = (t.split(plan.block_tokens, 1) for t in (z, xBC, dz, dxBC, ys, dout))
+        kept_states = None if states is None else states.split(plan.block_chunks, 1)
+        befores = [history]
+        for block in plan.blocks:
+            befores.append(tokens_before_next(xBCs[block.place], befores[-1], block.reverse))
+        # Of a block's last tokens, from the next one's convolution
+        dafter = torch.zeros_like(history, dtype=decays.dt.dtype)
+        dtaps, dconv_bias, dnorm_weight = (
+            torch.zeros_like(t) for t in (parameters.taps, parameters.conv_bias, parameters.norm_weight)
+        )
+        dD = torch.zeros_like(dnorm_weight)
+        next_state = None if final_state is None else final_state.permute(0, 3, 1, 2).flatten(2)
+        for i, block in reversed([*enumerate(plan.blocks)]):
+            window = self._window(xBCs[block.place], befores[i], block.reverse)
+            pre = self._convolve(window, block.reverse)
+            act, dact = (self._room(name, pre.shape[:2], sizes.conv_dim) for name in ("act", "dact"))
+            x, B, C = sizes.split_conv(torch.ops.aten.silu.out(pre, out=act))
+            y, block_dout = kept_ys[block.place], douts[block.place].to(decays.dt.dtype)
+            dy, dweight = self._gate_backward(block_dout, y, x, zs[block.place], dzs[block.place])
+            dnorm_weight += dweight
+            dx, dB, dC = sizes.split_conv(dact)
+            dy, y = dy.view(x.shape), y.unflatten(2, sizes.by_head)
+            block_states = None if kept_states is None else kept_states[block.place]
+            dB_dC = scan.backward(i, x, B, C, y, dy, block_states, next_state, dx)
+            for gradient, value in zip((dB, dC), dB_dC, strict=True):
+                gradient.copy_(value)
+            next_state = None if block_states is None else block_states[:, block.in_scan_order[0]]
+            dx.addcmul_(dy, parameters.D[:, None])
+            along_skip = torch.mul(dy, x, out=self._room("silu", block_dout.shape[:2]).view(x.shape))
+            dD += along_skip.flatten(0, 1).flatten(1).sum(0)
+            dpre = torch.ops.aten.silu_backward.grad_input(dact, pre, grad_input=dact)
+            taps = self.flipped_taps if block.reverse else parameters.taps
+            dwindow, dblock_taps, dblock_bias = convolve_backward(dpre, window, taps)
+            dtaps += dblock_taps.flip(1) if block.reverse else dblock_taps
+            dconv_bias += dblock_bias
+            dblock, dafter = gradients_of_window(dwindow, dafter, block.reverse)
+            dxBCs[block.place].copy_(dblock)
+        ddt, dA, dinitial = scan.end_backward()
+        dD = dD.view(sizes.by_head).sum(1)
+        return Gradients(ddt, dA, dtaps, dconv_bias, dD, dnorm_weight, dafter, dinitial)
+
+    def _room(self, name: str, tokens: tuple[int, ...], channels: int | None = None) -> Tensor:
+        """(*tokens, d_inner or channels), the same memory whenever asked: what was just in use is in the cache."""
+        key = (name, tuple(tokens))
+        if key not in self.rooms:
+            self.rooms[key] = self.parameters.norm_weight.new_empty(*tokens, channels or self.sizes.d_inner)
+        return self.rooms[key]
+
+    def _window(self, block: Tensor, before: Tensor, reverse: bool) -> Tensor:
+        length = before.shape[1] + block.shape[1]
+        return window_of(block, before, reverse, self._room("window", (block.shape[0], length), self.sizes.conv_dim))
+
+    def _convolve(self, window: Tensor, reverse: bool) -> Tensor:
+        return convolve(window, self.flipped_taps if reverse else self.parameters.taps, self.parameters.conv_bias)
+
+    def _gate(self, y: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With the skip y + D x: silu(z), its product with silu(z), and one over that product's root mean square."""
+        silu = torch.ops.aten.silu.out(z.to(y.dtype), out=self._room("silu", y.shape[:2]))
+        gated = self._room("gated", y.shape[:2])
+        torch.addcmul(y.view(x.shape), x, self.parameters.D[:, None], out=gated.view(x.shape))
+        gated.mul_(silu)
+        norm = torch.linalg.vector_norm(gated, dim=-1, keepdim=True)
+        return silu, gated, norm.square_().div_(self.sizes.d_inner).add_(self.parameters.eps).rsqrt_()
+
+    def _gate_backward(self, dout: Tensor, y: Tensor, x: Tensor, z: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the gradient of z; returns those of y, the skip included, and of norm_weight."""
+        norm_weight = self.parameters.norm_weight
+        silu, gated, scale = self._gate(y, x, z)
+        products = torch.mul(dout, gated, out=self._room("products", y.shape[:2])).flatten(0, 1)
+        dnorm_weight = torch.mv(products.t(), scale.flatten())
+        along = torch.mv(products, norm_weight).view(scale.shape).mul_(scale.pow(3)).div_(-self.sizes.d_inner)
+        dgated = torch.mul(dout, norm_weight, out=products.view(y.shape)).mul_(scale)
+        dgated.addcmul_(gated, along)
+        skipped = torch.addcmul(y.view(x.shape), x, self.parameters.D[:, None], out=gated.view(x.shape)).view(y.shape)
+        dsilu = skipped.mul_(dgated)
+        dz.copy_(torch.ops.aten.silu_backward.grad_input(dsilu, z.to(dsilu.dtype), grad_input=dsilu))
+        return dgated.mul_(silu), dnorm_weight

@@ -1,0 +1,175 @@
+"""Handing tensors to the C++ kernels: what `mixer.cpp` calls a Call, and the states as it keeps them.
+
+Shapes in comments: b = samples, h = heads, p = headdim, n = d_state. States are (b, panels, n, 64) there: see
+`mixer.cpp`.
+"""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from patchscale.ops.decays import Decays
+from patchscale.ops.native import PANEL
+from patchscale.ops.native.library import library
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("batch", ctypes.c_int64), ("row", ctypes.c_int64)]
+
+
+_NUMBERS = (
+    "batch", "length", "body", "reverse", "heads", "headdim", "d_state", "taps", "chunks", "longest", "threads",
+    "has_initial", "has_final",
+)  # fmt: skip
+
+
+class _Call(ctypes.Structure):
+    """Field by field the Call of `mixer.cpp`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("starts", "numbers")),
+        *((name, _Rows) for name in ("x", "B", "C", "z")),
+        *((name, ctypes.c_void_p) for name in ("conv_weight", "conv_bias", "history", "D", "norm_weight")),
+        *((name, ctypes.c_void_p) for name in ("read", "write_dt", "enter", "enter_rest", "state", "states")),
+        *((name, _Rows) for name in ("y", "out")),
+        ("final_state", ctypes.c_void_p),
+        *((name, _Rows) for name in ("dout", "dz", "dx", "dB", "dC")),
+        *((name, ctypes.c_void_p) for name in ("along_x", "along_y", "along_states")),
+        *((name, ctypes.c_void_p) for name in ("dconv_weight", "dconv_bias", "dnorm_weight", "dD", "dhistory")),
+        ("scratch", ctypes.c_void_p),
+    ]
+
+
+_ARE_ROWS = {field[0] for field in _Call._fields_ if field[1] is _Rows}
+
+
+class Kernels:
+    """The work on a group of samples, forward or backward."""
+
+    def __init__(self, decays: Decays, headdim: int, d_state: int, taps: int = 0, eps: float = 0.0) -> None:
+        """taps: of the convolution, 0 if there is none."""
+        self.decays, self.plan = decays, decays.plan
+        self.batch, length, self.heads = decays.dt.shape
+        self.headdim, self.d_state, self.taps = headdim, d_state, taps
+        self.panels = self.heads * headdim // PANEL
+        self.threads = torch.get_num_threads()
+        self.numbers = {
+            "batch": self.batch,
+            "length": length,
+            "body": self.plan.body,
+            "reverse": self.plan.reverse,
+            "heads": self.heads,
+            "headdim": headdim,
+            "d_state": d_state,
+            "taps": taps,
+            "chunks": self.plan.chunks,
+            "longest": self.plan.padded.shape[1],
+            "threads": self.threads,
+            "eps": eps,
+        }
+        self.decay_tensors = {
+            "starts": self.plan.starts,
+            "numbers": self.plan.order,
+            "read": decays.read,
+            "write_dt": decays.write_dt,
+            "enter": decays.enter,
+            "enter_rest": decays.enter_rest,
+        }
+
+    def forward(
+        self, initial_state: Tensor | None, want_final: bool, states: Tensor | None, **tensors: Tensor | None
+    ) -> Tensor | None:
+        """Write the tensors named in `mixer.cpp`; returns the state after the last token, (b, h, p, n), if wanted.
+
+        initial_state: (b, h, p, n). states: (b, chunks, n, h p), to be kept for the backward, in an order of its own.
+        """
+        state = self._panels(initial_state)
+        self._run(False, initial_state is not None, want_final, state=state, states=states, **tensors)
+        if not want_final:
+            return None
+        return self._entered(self._heads(state), self.plan.chunks)
+
+    def backward(
+        self,
+        grad_final: Tensor | None,
+        final_state: Tensor | None,
+        has_initial: bool,
+        states: Tensor | None,
+        **tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the tensors named in `mixer.cpp`; returns the gradients of dt, A and, (b, h, p, n), the initial state.
+
+        grad_final, final_state: (b, h, p, n), None if nothing depends on the final state. The gradient of the initial
+        state means nothing if there is none.
+        """
+        dstate = self._panels(grad_final)
+        along_x, along_y = torch.empty_like(self.decays.dt), torch.empty_like(self.decays.dt)
+        along_states = self.decays.dt.new_zeros(self.batch, self.plan.chunks, self.heads)
+        self._run(
+            True,
+            has_initial,
+            grad_final is not None,
+            state=dstate,
+            states=states,
+            final_state=None if grad_final is None else self._panels(final_state),
+            along_x=along_x,
+            along_y=along_y,
+            along_states=along_states,
+            **tensors,
+        )
+        ddt, dA = self.decays.gradients(along_x, along_y, along_states, [])
+        return ddt, dA, self._entered(self._heads(dstate), int(self.plan.order[0]) if self.plan.chunks else 0)
+
+    def by_worker(self, *shape: int) -> Tensor:
+        """(threads, *shape), zeros: what every thread adds to, to be summed."""
+        return self.decays.dt.new_zeros(self.threads, *shape)
+
+    def _run(self, backward: bool, has_initial: bool, has_final: bool, **tensors: Tensor | None) -> None:
+        kernels = _functions()
+        call = _Call(**self.numbers, has_initial=has_initial, has_final=has_final)
+        for name, tensor in (self.decay_tensors | tensors).items():
+            if tensor is None:
+                continue
+            if name in _ARE_ROWS:
+                assert tensor.numel() == 0 or tensor.stride(2) == 1, name
+                setattr(call, name, _Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1)))
+            else:
+                assert tensor.is_contiguous(), name
+                setattr(call, name, tensor.data_ptr())
+        scratch = self.decays.dt.new_empty(kernels.patchscale_scratch(ctypes.byref(call), backward))
+        call.scratch = scratch.data_ptr()
+        (kernels.patchscale_backward if backward else kernels.patchscale_forward)(ctypes.byref(call))
+
+    def _panels(self, state: Tensor | None) -> Tensor:
+        """(b, h, p, n) -> (b, panels, n, 64), a copy; zeros for None."""
+        if state is None:
+            return self.decays.dt.new_zeros(self.batch, self.panels, self.d_state, PANEL)
+        panels = state.reshape(self.batch, self.panels, PANEL, self.d_state).transpose(2, 3)
+        return panels.to(self.decays.dt.dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def _heads(self, state: Tensor) -> Tensor:
+        return state.transpose(2, 3).reshape(self.batch, self.heads, self.headdim, self.d_state)
+
+    def _entered(self, state: Tensor, number: int) -> Tensor:
+        """On its way into a chunk; their number: out of the last."""
+        if self.decays.enter is None:
+            return state
+        for factors in (self.decays.enter, self.decays.enter_rest):
+            if factors is not None:
+                state = state * factors[:, number, :, None, None]
+        return state
+
+
+@functools.cache
+def _functions() -> ctypes.CDLL:
+    kernels = library()
+    kernels.patchscale_scratch.restype = kernels.patchscale_call_bytes.restype = ctypes.c_int64
+    kernels.patchscale_scratch.argtypes = [ctypes.POINTER(_Call), ctypes.c_int64]
+    for function in (kernels.patchscale_forward, kernels.patchscale_backward):
+        function.argtypes, function.restype = [ctypes.POINTER(_Call)], None
+    assert kernels.patchscale_call_bytes() == ctypes.sizeof(_Call)
+    return kernels

@@ -1,0 +1,139 @@
+// Vectors of float32, as wide as the processor's, and matrix products of what fits its caches.
+//
+// Written with the vector extension that GCC and Clang share: the same lines serve every processor. A product keeps a
+// tile of the result in registers and reads its left factor a number at a time, by any strides, so that no factor is
+// ever turned round or packed.
+
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE_VECTORS = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, TILE_VECTORS = 2;
+#else
+constexpr int LANES = 4, TILE_VECTORS = 4;
+#endif
+constexpr int TILE_ROWS = 6;
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static inline vec load(const float* at) { return *reinterpret_cast<const vec*>(at); }
+static inline void store(float* at, vec value) { *reinterpret_cast<vec*>(at) = value; }
+
+// Cephes' expf: a polynomial for exp(r), |r| <= ln(2)/2, and the power of two. NaN stays NaN.
+static inline vec exp(vec x) {
+    x = x < -87.3f ? vec{} - 87.3f : x;
+    x = x > 88.0f ? vec{} + 88.0f : x;
+    const vec halves = x * 1.44269504088896341f;
+    const ivec power = __builtin_convertvector(halves + (halves < 0.0f ? vec{} - 0.5f : vec{} + 0.5f), ivec);
+    const vec whole = __builtin_convertvector(power, vec);
+    const vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return (p * r * r + r + 1.0f) * reinterpret_cast<vec>((power + 127) << 23);
+}
+
+static inline vec sigmoid(vec x) { return 1.0f / (1.0f + exp(-x)); }
+
+// Sums of neighbours: those of a, then those of b.
+static inline vec add_neighbours(vec a, vec b) {
+#if defined(__AVX512F__)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX__)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+
+// The sums of so many vectors, a power of two of them that is no less than LANES, to out.
+template <int COUNT>
+static inline void sums(const vec* values, float* out) {
+    vec left[COUNT];
+    for (int i = 0; i < COUNT; i++) left[i] = values[i];
+    int count = COUNT;
+    for (int width = LANES; width > 1; width /= 2) {
+        count /= 2;
+        for (int i = 0; i < count; i++) left[i] = add_neighbours(left[2 * i], left[2 * i + 1]);
+    }
+    for (int i = 0; i < COUNT / LANES; i++) store(out + LANES * i, left[i]);
+}
+
+static inline float sum(vec value) {
+    for (int width = LANES; width > 1; width /= 2) value = add_neighbours(value, value);
+    return value[0];
+}
+
+// One product of a sum of products: left by rows and steps at any strides, right by rows of consecutive columns.
+struct Factors {
+    const float* left;
+    long row, step;
+    const float* right;
+    long pitch;
+    long begin, end;  // steps
+};
+
+template <int ROWS, int VECTORS>
+static inline void tile(const Factors* parts, int count, long first_row, long column, float* out, long pitch, bool add) {
+    vec total[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) total[r][v] = add ? load(out + r * pitch + v * LANES) : vec{};
+    for (int part = 0; part < count; part++) {
+        const Factors f = parts[part];
+        const float* left = f.left + first_row * f.row + f.begin * f.step;
+        const float* right = f.right + f.begin * f.pitch + column;
+        for (long i = f.begin; i < f.end; i++, left += f.step, right += f.pitch) {
+            vec row[VECTORS];
+            for (int v = 0; v < VECTORS; v++) row[v] = load(right + v * LANES);
+            for (int r = 0; r < ROWS; r++) {
+                const float number = left[r * f.row];
+                for (int v = 0; v < VECTORS; v++) total[r][v] += number * row[v];
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) store(out + r * pitch + v * LANES, total[r][v]);
+}
+
+template <int ROWS>
+static void strips(const Factors* parts, int count, long first_row, long columns, float* out, long pitch, bool add) {
+    long c = 0;
+    for (; c + TILE_VECTORS * LANES <= columns; c += TILE_VECTORS * LANES)
+        tile<ROWS, TILE_VECTORS>(parts, count, first_row, c, out + c, pitch, add);
+    for (; c < columns; c += LANES) tile<ROWS, 1>(parts, count, first_row, c, out + c, pitch, add);
+}
+
+// Which steps of the last product matter to a row: all, those up to it, or those from it on.
+enum class Steps { all, up_to_row, from_row };
+
+// out = sum of products (added to what is there, with add); columns is a multiple of 16.
+static void product(
+    long rows, long columns, const Factors* parts, int count, Steps steps, float* out, long pitch, bool add = false
+) {
+    Factors own[2];
+    for (int part = 0; part < count; part++) own[part] = parts[part];
+    Factors& last = own[count - 1];
+    const long end = last.end;
+    for (long r = 0; r < rows; r += TILE_ROWS) {
+        const long left = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
+        if (steps == Steps::up_to_row) last.end = r + left < end ? r + left : end;
+        if (steps == Steps::from_row) last.begin = r;
+        float* to = out + r * pitch;
+        switch (left) {
+            case 1: strips<1>(own, count, r, columns, to, pitch, add); break;
+            case 2: strips<2>(own, count, r, columns, to, pitch, add); break;
+            case 3: strips<3>(own, count, r, columns, to, pitch, add); break;
+            case 4: strips<4>(own, count, r, columns, to, pitch, add); break;
+            case 5: strips<5>(own, count, r, columns, to, pitch, add); break;
+            default: strips<TILE_ROWS>(own, count, r, columns, to, pitch, add);
+        }
+    }
+}

@@ -1,0 +1,36 @@
+"""Inputs that the C++ kernels take, and a count of how often they ran."""
+
+import pytest
+import torch
+
+from patchscale.ops import native
+from patchscale.ops.native.calls import Kernels
+
+
+@pytest.fixture(autouse=True)
+def built() -> None:
+    if obstacle := native.available(torch.device("cpu")):
+        pytest.skip(obstacle)
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[bool]:
+    """Whether each call of the kernels was a backward."""
+    calls: list[bool] = []
+    run = Kernels._run
+
+    def count(self, backward, *arguments, **tensors):
+        calls.append(backward)
+        run(self, backward, *arguments, **tensors)
+
+    monkeypatch.setattr(Kernels, "_run", count)
+    return calls
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    """More threads than samples, as many, and fewer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

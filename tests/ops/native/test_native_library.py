@@ -1,0 +1,85 @@
+"""Building the kernels: once for a machine, and with one clear line where it cannot be done."""
+
+import ctypes
+import os
+import shutil
+import stat
+
+import pytest
+import torch
+
+from patchscale import UserError
+from patchscale.ops import native, ssd_scan
+from patchscale.ops.native.library import library
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """An empty cache, and nothing loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library.cache_clear()
+    yield
+    library.cache_clear()
+
+
+def test_is_built_once_and_kept(tmp_path, monkeypatch):
+    assert isinstance(library(), ctypes.CDLL)
+    (built,) = (tmp_path / "cache" / "patchscale").iterdir()
+    before = built.stat().st_mtime_ns
+    library.cache_clear()
+    assert native.available(CPU) is None
+    assert built.stat().st_mtime_ns == before
+    # Another compiler is another library.
+    other = tmp_path / "another-c++"
+    other.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo another && exit\nexec {shutil.which("c++")} "$@"\n')
+    other.chmod(other.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(other))
+    library.cache_clear()
+    library()
+    assert len(list((tmp_path / "cache" / "patchscale").iterdir())) == 2
+
+
+def test_a_compiler_without_openmp_builds_for_one_thread(tmp_path, monkeypatch, assert_near):
+    compiler = tmp_path / "c++"
+    refuse = 'for a; do [ "$a" = -fopenmp ] && echo "error: unsupported option" >&2 && exit 1; done'
+    compiler.write_text(f'#!/bin/sh\n{refuse}\nexec {shutil.which("c++")} "$@"\n')
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert native.available(CPU) is None
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no C++ compiler (no-such-compiler) was found" in native.available(CPU)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "c++, g++ or clang++" in native.available(CPU)
+    x = torch.zeros(1, 4, 4, 16)
+    with pytest.raises(UserError, match=r"no C\+\+ compiler .* choose 'torch'"):
+        ssd_scan(x, x[..., 0], -torch.ones(4), x[:, :, 0], x[:, :, 0], implementation="native")
+
+
+def test_a_compiler_that_fails_says_why(tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit\necho "mixer.cpp: error: no room" >&2\nexit 1\n')
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert native.available(CPU).endswith("failed: mixer.cpp: error: no room")
+    assert not list((tmp_path / "cache" / "patchscale").iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "cache").mkdir(mode=0o500)
+    assert "set XDG_CACHE_HOME" in native.available(CPU)
+
+
+def test_a_cache_that_is_no_folder(tmp_path):
+    (tmp_path / "cache").write_text("")
+    assert "set XDG_CACHE_HOME" in native.available(CPU)
+
+
+def test_other_devices():
+    assert native.available(torch.device("cuda")) == "the native kernels are for CPUs, not cuda"

@@ -1,0 +1,99 @@
+"""The scan in C++ against its definition, token by token, in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from patchscale import UserError
+from patchscale.ops import ssd_scan
+from patchscale.ops.reference import ssd_scan_reference
+
+
+def draw(
+    length: int, *, batch: int = 2, heads: int = 4, headdim: int = 16, d_state: int = 16, seed: int = 0
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return {
+        "x": normal(batch, length, heads, headdim),
+        "dt": 0.3 * torch.rand(batch, length, heads, generator=generator),
+        "A": -torch.rand(heads, generator=generator),
+        "B": normal(batch, length, d_state),
+        "C": normal(batch, length, d_state),
+        "D": normal(heads),
+        "initial_state": normal(batch, heads, headdim, d_state),
+    }
+
+
+def and_gradients(scan, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in inputs.items()}
+    values = scan(**leaves, **options)
+    generator = torch.Generator().manual_seed(1)
+    grad_outputs = [torch.randn(v.shape, generator=generator).to(v.dtype) for v in values]
+    gradients = torch.autograd.grad(values, list(leaves.values()), grad_outputs)
+    names = ("y", "final_state", *(f"grad of {k}" for k in leaves))
+    return dict(zip(names, (*values, *gradients), strict=True))
+
+
+def native(**inputs):
+    return ssd_scan(**inputs, implementation="native")
+
+
+def check(assert_near, inputs, expected=None, **options) -> None:
+    if expected is None:
+        given = {k: v for k, v in options.items() if k != "chunk_size"}
+        expected = and_gradients(ssd_scan_reference, {k: v.double() for k, v in inputs.items()}, **given)
+    for name, value in and_gradients(native, inputs, **options).items():
+        assert_near(value, expected[name], 1e-4 if name == "grad of A" else 1e-5, name)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 196, 197, 577])
+def test_values_and_gradients(length, reverse, ran, assert_near):
+    for batch, suffix in ((1, 3), (3, 1)):
+        check(assert_near, draw(length, batch=batch, seed=length), reverse=reverse, suffix=min(suffix, length))
+    assert ran == 2 * [False, True]
+
+
+# Too long for gradients of a loop over tokens: against plain PyTorch in float64, which is tested against that loop.
+@pytest.mark.parametrize("length", [3136, pytest.param(50176, marks=pytest.mark.slow)])
+def test_long_sequences(length, ran, assert_near):
+    inputs = draw(length, batch=1)
+    options = {"reverse": True, "suffix": 1}
+    exact = {k: v.double() for k, v in inputs.items()}
+    check(assert_near, inputs, and_gradients(ssd_scan, exact, **options), **options)
+    assert ran == [False, True]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 16, 100, 256])
+def test_chunk_sizes(chunk_size, threads, ran, assert_near):
+    check(assert_near, draw(200), reverse=True, suffix=1, chunk_size=chunk_size)
+    assert ran == [False, True]
+
+
+@pytest.mark.parametrize("absent", ["D", "initial_state"])
+def test_without_the_skip_or_an_initial_state(absent, assert_near):
+    check(assert_near, {k: v for k, v in draw(130).items() if k != absent}, reverse=True)
+
+
+def test_non_contiguous_inputs(assert_near):
+    inputs = draw(70)
+    strided = {k: torch.stack([v, v * 0 + torch.nan], dim=-1)[..., 0].requires_grad_() for k, v in inputs.items()}
+    y, state = native(**strided)
+    expected, expected_state = ssd_scan_reference(**{k: v.double() for k, v in inputs.items()})
+    assert_near(y, expected, 1e-5)
+    assert_near(state, expected_state, 1e-5)
+    (y.sum() + state.sum()).backward()
+    leaves = {k: v.double().requires_grad_() for k, v in inputs.items()}
+    sum(t.sum() for t in ssd_scan_reference(**leaves)).backward()
+    assert_near(strided["x"].grad, leaves["x"].grad, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions_are_named(dtype):
+    inputs = draw(5) | {"x": torch.zeros(2, 5, 4, 16, dtype=dtype)}
+    with pytest.raises(UserError, match=f"float32, not {str(dtype).removeprefix('torch.')}"):
+        native(**inputs)
