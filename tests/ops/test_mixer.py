@@ -277,7 +277,9 @@ def test_dtypes():
 def test_custom_op_keeps_pytorchs_rules(dtype, absent, want_final):
     inputs = draw(9, dtype=dtype)
     tensors = [None if k in absent else inputs[k].requires_grad_() for k in NAMES]
-    torch.library.opcheck(torch.ops.patchscale.mix_tokens.default, (*tensors, True, 1, 1e-5, 4, False, want_final, True))
+    torch.library.opcheck(
+        torch.ops.patchscale.mix_tokens.default, (*tensors, True, 1, 1e-5, 4, False, want_final, True)
+    )
 
 
 def test_compiled_whole(assert_near):
