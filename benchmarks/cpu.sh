@@ -9,10 +9,10 @@ export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="$thread
 bench() { "${PYTHON:-python3}" -m patchscale.bench "$@" --device cpu --threads "$threads" | tee "$folder.txt"; }
 mkdir -p "$out"
 
-folder=$out/ops && bench ops --tokens 196,3136,16384 --decay fresh,mild --out "$folder"
-folder=$out/model && bench model --tokens 196,784,4096,16384 --width 256,768 --out "$folder"
-folder=$out/flat && bench model --tokens 784,3136,12544,50176,200704 --width 256,768 --peers none --out "$folder"
-folder=$out/tiny && bench model --model adventurer_tiny_patch16_224,adventurer_tiny_patch1_224 --peers products-kept \
+folder=$out/ops && bench ops --tokens 196,3136,16384 --peers transformers,native --out "$folder"
+folder=$out/model && bench model --tokens 196,784,4096,16384 --width 256,768 --peers transformers,vit,native --out "$folder"
+folder=$out/flat && bench model --tokens 784,3136,12544,50176,200704 --width 256,768 --peers native --out "$folder"
+folder=$out/tiny && bench model --model adventurer_tiny_patch16_224,adventurer_tiny_patch1_224 --peers native,products-kept \
     --repeats 3 --out "$folder"
 folder=$out/compiled && bench model --tokens 784,4096 --width 256,768 --peers compiled --out "$folder"
 # Attention takes a minute for a call here.

@@ -188,6 +188,7 @@ def env() -> None:
     import torch
 
     from patchscale import ops
+    from patchscale.ops import native
     from patchscale.ops.dispatch import choose_implementation
     from patchscale.train.device import resolve_device
 
@@ -206,6 +207,8 @@ def env() -> None:
     for name in ops.DISPATCHED:
         table.add_row(name, f"{choice.implementation} ({choice.reason})")
     table.add_row("gated_rms_norm", "torch (the only one)")
+    obstacle = native.available(torch.device("cpu"))
+    table.add_row("native kernels", f"for CPUs, with PATCHSCALE_OPS=native: {obstacle or 'ready'}")
     console.out.print(table)
 
 

@@ -1,4 +1,5 @@
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,10 @@ import torch.nn.functional as F
 from patchscale.bench import peers
 from patchscale.bench.cases import Case, ours
 from patchscale.bench.cells import comparable_result, relative_error
+from patchscale.bench.measure import Failed
 from patchscale.models.block import Block, Mamba2Mixer
+from patchscale.ops import native
+from patchscale.ops.native.calls import Kernels
 from patchscale.ops.reference import ssd_scan_reference
 
 
@@ -18,6 +22,29 @@ def test_transformers_computes_the_same(subject, training):
     case = Case(subject, training, tokens=70, batch=2, heads=4, device="cpu", dtype="float32")
     theirs = comparable_result(case, peers.candidate("transformers", case))
     assert relative_error(theirs, comparable_result(case, ours(case))) < 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("subject", ["scan", "mixer", "block"])
+def test_native_computes_the_same_in_its_kernels(subject, training, monkeypatch):
+    if obstacle := native.available(torch.device("cpu")):
+        pytest.skip(obstacle)
+    ran = []
+    run = Kernels._run
+    monkeypatch.setattr(Kernels, "_run", lambda self, *args, **tensors: (ran.append(1), run(self, *args, **tensors)))
+    case = Case(subject, training, tokens=70, batch=2, heads=4, device="cpu", dtype="float32")
+    found = comparable_result(case, peers.candidate("native", case))
+    assert len(ran) == 1 + training
+    assert relative_error(found, comparable_result(case, ours(case))) < 1e-5
+    assert len(ran) == 1 + training  # ours is plain again
+
+
+def test_native_is_not_measured_where_it_cannot_run():
+    case = Case("block", True, tokens=70, batch=2, heads=4, device="cpu", dtype="bfloat16")
+    with pytest.raises(Failed, match="float32, not bfloat16"):
+        peers.candidate("native", case)
+    with pytest.raises(Failed, match="recomputed"):
+        peers.candidate("native", replace(case, dtype="float32", checkpointing=True))
 
 
 def _kernels():

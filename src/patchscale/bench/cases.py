@@ -22,8 +22,8 @@ HEADDIM = D_STATE = 64
 EXPAND = 2
 # The chunk length whose arithmetic is the scan's bound, whatever chunks an implementation takes.
 BOUND_CHUNK = 64
-# Of a scan's inputs: as a mixer has them before training, of which a few heads decay by more than exp(-78) in 64
-# tokens (nearly every second layer of 24 heads has one); or none by more than about exp(-40).
+# Of a scan's inputs: as a mixer has them before training, when now and then a head decays by more than exp(-100) in 64
+# tokens; or none by more than about exp(-40).
 DECAYS = ("fresh", "mild")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from patchscale.bench.cases import (
     D_STATE,
+    DTYPES,
     EXPAND,
     HEADDIM,
     MODULES,
@@ -34,6 +36,8 @@ from patchscale.bench.cases import (
 from patchscale.bench.measure import Failed
 from patchscale.errors import first_line
 from patchscale.models.block import CONV_WIDTH, NORM_EPS, Mamba2Mixer
+from patchscale.ops import native
+from patchscale.ops.dispatch import ENVIRONMENT_VARIABLE
 
 # The chunk length that transformers and the published code use by default.
 _THEIR_CHUNK = 256
@@ -146,7 +150,30 @@ def _deit(case: Case) -> Candidate:
     return of_module(case, vit, comparable=False)
 
 
-# compiled, graphed, float8, products-kept: this project's own other forms.
+# native, compiled, graphed, float8, products-kept: this project's own other forms.
+
+
+def _native(case: Case) -> Candidate:
+    if case.checkpointing:
+        raise Failed("what is recomputed in the backward is not measured")
+    obstacle = native.available(case.place) or native.unfit(DTYPES[case.dtype], {})
+    if obstacle:
+        raise Failed(obstacle)
+    candidate = ours(case)
+
+    def natively(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*inputs: Tensor) -> Tensor:
+            before = os.environ.get(ENVIRONMENT_VARIABLE, "")
+            os.environ[ENVIRONMENT_VARIABLE] = "native"
+            try:
+                return function(*inputs)
+            finally:
+                os.environ[ENVIRONMENT_VARIABLE] = before
+
+        return run
+
+    comparable = None if candidate.comparable is None else natively(candidate.comparable)
+    return candidate._replace(function=natively(candidate.function), comparable=comparable)
 
 
 def _compiled(case: Case, mode: str | None = None) -> Candidate:
@@ -344,6 +371,13 @@ PEERS: dict[str, Peer] = {
         makes={"scan": _fla_scan},
         remark="chunk_simple_gla; B and C are copied to every head for it, in its time",
     ),
+    "native": Peer(
+        "torch",
+        "pip install torch",
+        gpu_only=False,
+        makes=dict.fromkeys(("scan", "mixer", "block", "model", "step"), _native),
+        remark="this project with its kernels in C++ (PATCHSCALE_OPS=native)",
+    ),
     "compiled": Peer(
         "torch",
         "pip install torch",
@@ -375,4 +409,6 @@ PEERS: dict[str, Peer] = {
     ),
 }
 # Without --peers, all but this project's own other forms.
-DEFAULT_PEERS = tuple(name for name in PEERS if name not in ("compiled", "graphed", "float8", "products-kept"))
+DEFAULT_PEERS = tuple(
+    name for name in PEERS if name not in ("native", "compiled", "graphed", "float8", "products-kept")
+)
