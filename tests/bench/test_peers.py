@@ -40,11 +40,11 @@ def test_native_computes_the_same_in_its_kernels(subject, training, monkeypatch)
 
 
 def test_native_is_not_measured_where_it_cannot_run():
-    case = Case("block", True, tokens=70, batch=2, heads=4, device="cpu", dtype="bfloat16")
-    with pytest.raises(Failed, match="float32, not bfloat16"):
+    case = Case("scan", True, tokens=70, batch=2, heads=4, device="cpu", dtype="bfloat16")
+    with pytest.raises(Failed, match="float32 here, not bfloat16"):
         peers.candidate("native", case)
     with pytest.raises(Failed, match="recomputed"):
-        peers.candidate("native", replace(case, dtype="float32", checkpointing=True))
+        peers.candidate("native", replace(case, subject="model", checkpointing=True))
 
 
 def _kernels():

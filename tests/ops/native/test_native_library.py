@@ -2,14 +2,17 @@
 
 import ctypes
 import os
+import platform
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 
 from patchscale import UserError
 from patchscale.ops import native, ssd_scan
+from patchscale.ops.native.calls import kernels
 from patchscale.ops.native.library import library
 
 CPU = torch.device("cpu")
@@ -19,9 +22,11 @@ CPU = torch.device("cpu")
 def fresh(tmp_path, monkeypatch):
     """An empty cache, and nothing loaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    library.cache_clear()
+    for cached in (library, kernels):
+        cached.cache_clear()
     yield
-    library.cache_clear()
+    for cached in (library, kernels):
+        cached.cache_clear()
 
 
 def test_is_built_once_and_kept(tmp_path, monkeypatch):
@@ -48,6 +53,29 @@ def test_a_compiler_without_openmp_builds_for_one_thread(tmp_path, monkeypatch, 
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(compiler))
     assert native.available(CPU) is None
+
+
+# The vectors of older processors, and of those that this one's are not made of.
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86")
+@pytest.mark.parametrize("processor", ["x86-64", "haswell"])
+def test_vectors_of_every_width_compute_the_same(processor, tmp_path, monkeypatch, assert_near):
+    flags = "sse4_2" if processor == "x86-64" else "avx2"
+    if flags not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {flags}")
+    compiler = tmp_path / "c++"
+    body = f'for a; do shift; [ "$a" = -march=native ] && a=-march={processor}; set -- "$@" "$a"; done'
+    compiler.write_text(f'#!/bin/sh\n{body}\nexec {shutil.which("c++")} "$@"\n')
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(compiler))
+    generator = torch.Generator().manual_seed(0)
+    x, dt, B, C = (torch.randn(2, 130, *shape, generator=generator) for shape in ((4, 16), (4,), (16,), (16,)))
+    found, expected = [], []
+    for implementation, results in (("native", found), ("torch", expected)):
+        tensors = [t.clone().requires_grad_() for t in (x, dt.abs() / 9, -torch.ones(4), B, C)]
+        y, state = ssd_scan(*tensors, implementation=implementation)
+        results += [y, state, *torch.autograd.grad(y.square().sum() + state.sum(), tensors)]
+    for value, wanted in zip(found, expected, strict=True):
+        assert_near(value, wanted, 1e-5)
 
 
 def test_no_compiler(monkeypatch, tmp_path):

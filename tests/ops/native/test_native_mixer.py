@@ -70,6 +70,20 @@ def test_values_and_gradients(length, reverse, threads, ran, assert_near):
     assert set(ran) == {False, True}
 
 
+# The same numbers in float64 are the truth: what is left is the rounding of results.
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [1, 65, 197])
+def test_bfloat16_in_and_out(length, reverse, threads, ran, assert_near):
+    inputs = {k: v.bfloat16() if k in ("projected", "history") else v for k, v in draw(length).items()}
+    found = and_gradients(native, inputs, reverse=reverse, suffix=1)
+    expected = truth(inputs, reverse=reverse, suffix=1)
+    for name, value in found.items():
+        assert_near(value, expected[name], 1e-2, name)
+        leaf = name.removeprefix("grad of ")
+        assert value.dtype == (torch.bfloat16 if leaf in ("out", "projected", "history") else torch.float32)
+    assert ran == [False, True]
+
+
 @pytest.mark.parametrize("length", [577, pytest.param(3136, marks=pytest.mark.slow)])
 def test_long_sequences(length, ran, assert_near):
     check(assert_near, draw(length, batch=1), reverse=True, suffix=1)

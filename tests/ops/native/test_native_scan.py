@@ -95,5 +95,5 @@ def test_non_contiguous_inputs(assert_near):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions_are_named(dtype):
     inputs = draw(5) | {"x": torch.zeros(2, 5, 4, 16, dtype=dtype)}
-    with pytest.raises(UserError, match=f"float32, not {str(dtype).removeprefix('torch.')}"):
+    with pytest.raises(UserError, match=f"float32 here, not {str(dtype).removeprefix('torch.')}"):
         native(**inputs)

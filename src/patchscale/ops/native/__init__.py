@@ -1,7 +1,8 @@
 """The mixer and the scan in C++, for CPUs: optional, built when first asked for by the compiler that the machine has.
 
-`mixer.cpp` holds the work, `vectors.hpp` the vectors and matrix products that it is made of, `library.py` builds and
-loads them, `calls.py` hands tensors over, and `mixer.py` has the place of `mixer_blocks.py`. Importing builds nothing.
+`mixer.cpp` says how they work and includes the rest: `forward.hpp`, `backward.hpp`, what is handed over (`call.hpp`),
+and the vectors and products that all is made of (`vectors.hpp`). `library.py` builds and loads them, `calls.py` hands
+tensors over, `mixer.py` and `scan.py` take the places of `mixer_blocks.py` and `chunked.py`. Importing builds nothing.
 """
 
 import torch
@@ -29,8 +30,11 @@ def _obstacle_to_building() -> str | None:
 
 def unfit(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
     """Why the kernels do not take tensors like these; None if they do. sizes: as ``choose_implementation`` has them."""
-    if dtype != torch.float32:
-        return f"the native kernels take float32, not {str(dtype).removeprefix('torch.')}"
+    # A scan alone would have to compute its bfloat16 output again for the backward.
+    precisions = (torch.float32, torch.bfloat16) if "taps" in sizes else (torch.float32,)
+    if dtype not in precisions:
+        names = [str(t).removeprefix("torch.") for t in (*precisions, dtype)]
+        return f"the native kernels take {' and '.join(names[:-1])} here, not {names[-1]}"
     heads, headdim = sizes.get("heads", 1), sizes.get("headdim", PANEL)
     if headdim not in (16, 32, 64) or heads * headdim % PANEL:
         return (

@@ -21,7 +21,7 @@ class _Rows(ctypes.Structure):
 
 _NUMBERS = (
     "batch", "length", "body", "reverse", "heads", "headdim", "d_state", "taps", "chunks", "longest", "threads",
-    "has_initial", "has_final",
+    "in_bfloat16", "has_initial", "has_final",
 )  # fmt: skip
 
 
@@ -129,8 +129,8 @@ class Kernels:
         return self.decays.dt.new_zeros(self.threads, *shape)
 
     def _run(self, backward: bool, has_initial: bool, has_final: bool, **tensors: Tensor | None) -> None:
-        kernels = _functions()
         call = _Call(**self.numbers, has_initial=has_initial, has_final=has_final)
+        call.in_bfloat16 = tensors["x"].dtype == torch.bfloat16
         for name, tensor in (self.decay_tensors | tensors).items():
             if tensor is None:
                 continue
@@ -140,9 +140,9 @@ class Kernels:
             else:
                 assert tensor.is_contiguous(), name
                 setattr(call, name, tensor.data_ptr())
-        scratch = self.decays.dt.new_empty(kernels.patchscale_scratch(ctypes.byref(call), backward))
+        scratch = self.decays.dt.new_empty(kernels().patchscale_scratch(ctypes.byref(call), backward))
         call.scratch = scratch.data_ptr()
-        (kernels.patchscale_backward if backward else kernels.patchscale_forward)(ctypes.byref(call))
+        (kernels().patchscale_backward if backward else kernels().patchscale_forward)(ctypes.byref(call))
 
     def _panels(self, state: Tensor | None) -> Tensor:
         """(b, h, p, n) -> (b, panels, n, 64), a copy; zeros for None."""
@@ -165,11 +165,12 @@ class Kernels:
 
 
 @functools.cache
-def _functions() -> ctypes.CDLL:
-    kernels = library()
-    kernels.patchscale_scratch.restype = kernels.patchscale_call_bytes.restype = ctypes.c_int64
-    kernels.patchscale_scratch.argtypes = [ctypes.POINTER(_Call), ctypes.c_int64]
-    for function in (kernels.patchscale_forward, kernels.patchscale_backward):
+def kernels() -> ctypes.CDLL:
+    """The library with its functions' types."""
+    loaded = library()
+    loaded.patchscale_scratch.restype = loaded.patchscale_call_bytes.restype = ctypes.c_int64
+    loaded.patchscale_scratch.argtypes = [ctypes.POINTER(_Call), ctypes.c_int64]
+    for function in (loaded.patchscale_forward, loaded.patchscale_backward):
         function.argtypes, function.restype = [ctypes.POINTER(_Call)], None
-    assert kernels.patchscale_call_bytes() == ctypes.sizeof(_Call)
-    return kernels
+    assert loaded.patchscale_call_bytes() == ctypes.sizeof(_Call)
+    return loaded

@@ -56,7 +56,7 @@ class NativeMixer:
         sizes, kernels = self.sizes, self._kernels(decays)
         dtaps, dconv_bias = kernels.by_worker(sizes.width, sizes.conv_dim), kernels.by_worker(sizes.conv_dim)
         dnorm_weight, dD = kernels.by_worker(sizes.d_inner), kernels.by_worker(sizes.d_inner)
-        dhistory = history.new_empty(history.shape)
+        dhistory = decays.dt.new_empty(history.shape)
         ddt, dA, dinitial = kernels.backward(
             grad_final,
             final_state,

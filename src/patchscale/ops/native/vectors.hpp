@@ -1,4 +1,5 @@
-// Vectors of float32, as wide as the processor's, and matrix products of what fits its caches.
+// Vectors of float32, as wide as the processor's, read from float32 or bfloat16, and matrix products of what fits its
+// caches.
 //
 // Written with the vector extension that GCC and Clang share: the same lines serve every processor. A product keeps a
 // tile of the result in registers and reads its left factor a number at a time, by any strides, so that no factor is
@@ -20,8 +21,31 @@ constexpr int TILE_ROWS = 6;
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-static inline vec load(const float* at) { return *reinterpret_cast<const vec*>(at); }
-static inline void store(float* at, vec value) { *reinterpret_cast<vec*>(at) = value; }
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+// The upper half of a float32.
+struct bfloat16 {
+    uint16_t bits;
+};
+
+static inline vec load(const float* at) {
+    return *reinterpret_cast<const vec*>(at);
+}
+static inline vec load(const bfloat16* at) {
+    return reinterpret_cast<vec>(__builtin_convertvector(*reinterpret_cast<const hvec*>(at), uvec) << 16);
+}
+
+static inline void store(float* at, vec value) {
+    *reinterpret_cast<vec*>(at) = value;
+}
+// To the nearest, ties to even; NaN stays NaN.
+static inline void store(bfloat16* at, vec value) {
+    const uvec bits = reinterpret_cast<uvec>(value);
+    const uvec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const uvec kept = value != value ? bits | 0x400000u : rounded;
+    *reinterpret_cast<hvec*>(at) = __builtin_convertvector(kept >> 16, hvec);
+}
 
 // Cephes' expf: a polynomial for exp(r), |r| <= ln(2)/2, and the power of two. NaN stays NaN.
 static inline vec exp(vec x) {
@@ -39,18 +63,26 @@ static inline vec exp(vec x) {
     return (p * r * r + r + 1.0f) * reinterpret_cast<vec>((power + 127) << 23);
 }
 
-static inline vec sigmoid(vec x) { return 1.0f / (1.0f + exp(-x)); }
+static inline vec sigmoid(vec x) {
+    return 1.0f / (1.0f + exp(-x));
+}
+
+// Elements of a, then of b, by constant places: the one builtin that the two compilers do not share.
+#if defined(__clang__)
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
+#endif
 
 // Sums of neighbours: those of a, then those of b.
 static inline vec add_neighbours(vec a, vec b) {
 #if defined(__AVX512F__)
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #elif defined(__AVX__)
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+    return PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
 #else
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+    return PICK(a, b, 0, 2, 4, 6) + PICK(a, b, 1, 3, 5, 7);
 #endif
 }
 
@@ -82,7 +114,9 @@ struct Factors {
 };
 
 template <int ROWS, int VECTORS>
-static inline void tile(const Factors* parts, int count, long first_row, long column, float* out, long pitch, bool add) {
+static inline void tile(
+    const Factors* parts, int count, long first_row, long column, float* out, long pitch, bool add
+) {
     vec total[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) total[r][v] = add ? load(out + r * pitch + v * LANES) : vec{};
@@ -128,12 +162,23 @@ static void product(
         if (steps == Steps::from_row) last.begin = r;
         float* to = out + r * pitch;
         switch (left) {
-            case 1: strips<1>(own, count, r, columns, to, pitch, add); break;
-            case 2: strips<2>(own, count, r, columns, to, pitch, add); break;
-            case 3: strips<3>(own, count, r, columns, to, pitch, add); break;
-            case 4: strips<4>(own, count, r, columns, to, pitch, add); break;
-            case 5: strips<5>(own, count, r, columns, to, pitch, add); break;
-            default: strips<TILE_ROWS>(own, count, r, columns, to, pitch, add);
+            case 1:
+                strips<1>(own, count, r, columns, to, pitch, add);
+                break;
+            case 2:
+                strips<2>(own, count, r, columns, to, pitch, add);
+                break;
+            case 3:
+                strips<3>(own, count, r, columns, to, pitch, add);
+                break;
+            case 4:
+                strips<4>(own, count, r, columns, to, pitch, add);
+                break;
+            case 5:
+                strips<5>(own, count, r, columns, to, pitch, add);
+                break;
+            default:
+                strips<TILE_ROWS>(own, count, r, columns, to, pitch, add);
         }
     }
 }
