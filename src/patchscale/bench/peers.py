@@ -156,7 +156,7 @@ def _deit(case: Case) -> Candidate:
 def _native(case: Case) -> Candidate:
     if case.checkpointing:
         raise Failed("what is recomputed in the backward is not measured")
-    sizes = {} if case.subject == "scan" else {"taps": CONV_WIDTH}
+    sizes = {"d_state": D_STATE} | ({} if case.subject == "scan" else {"taps": CONV_WIDTH})
     obstacle = native.available(case.place) or native.unfit(DTYPES[case.dtype], sizes)
     if obstacle:
         raise Failed(obstacle)

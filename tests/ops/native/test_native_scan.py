@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from patchscale import UserError
-from patchscale.ops import ssd_scan
+from patchscale.ops import causal_conv1d, ssd_scan
 from patchscale.ops.reference import ssd_scan_reference
 
 
@@ -90,6 +90,13 @@ def test_non_contiguous_inputs(assert_near):
     leaves = {k: v.double().requires_grad_() for k, v in inputs.items()}
     sum(t.sum() for t in ssd_scan_reference(**leaves)).backward()
     assert_near(strided["x"].grad, leaves["x"].grad, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_convolution_alone_is_plain(dtype):
+    x, weight = torch.randn(2, 9, 5).to(dtype), torch.randn(5, 4)
+    found, expected = (causal_conv1d(x, weight, weight[:, 0], implementation=name) for name in ("native", "torch"))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -30,6 +30,8 @@ def _obstacle_to_building() -> str | None:
 
 def unfit(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
     """Why the kernels do not take tensors like these; None if they do. sizes: as ``choose_implementation`` has them."""
+    if not sizes:
+        return None  # the convolution alone, which has no kernel here
     # A scan alone would have to compute its bfloat16 output again for the backward.
     precisions = (torch.float32, torch.bfloat16) if "taps" in sizes else (torch.float32,)
     if dtype not in precisions:
