@@ -29,6 +29,7 @@ def test_transformers_computes_the_same(subject, training):
 def test_native_computes_the_same_in_its_kernels(subject, training, monkeypatch):
     if obstacle := native.available(torch.device("cpu")):
         pytest.skip(obstacle)
+    monkeypatch.delenv("PATCHSCALE_OPS", raising=False)
     ran = []
     run = Kernels._run
     monkeypatch.setattr(Kernels, "_run", lambda self, *args, **tensors: (ran.append(1), run(self, *args, **tensors)))
