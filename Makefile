@@ -20,6 +20,7 @@ lint: .venv/installed
 	$(BIN)/ruff check src tests examples benchmarks
 	$(BIN)/ruff format --check src tests examples benchmarks
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror src/patchscale/ops/native/*.cpp src/patchscale/ops/native/*.hpp
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'patchscale needs Python 3.11 or newer: make PYTHON=python3.11')"

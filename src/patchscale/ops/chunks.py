@@ -146,10 +146,17 @@ def is_one_chunk(length: int) -> bool:
     return len(chunk_bounds(length, False, 0, DEFAULT_CHUNK_SIZE)) == 1
 
 
-def cut(x: Tensor, heads: int, headdim: int, reverse: bool, suffix: int, chunk_size: int) -> tuple[Plan, list[slice]]:
-    """The plan of (batch, length, ...) tokens, and groups of samples: so many that a block of them fits the cache."""
+def cut(
+    x: Tensor, heads: int, headdim: int, reverse: bool, suffix: int, chunk_size: int, native: bool
+) -> tuple[Plan, list[slice]]:
+    """The plan of (batch, length, ...) tokens, and groups of samples: so many that a block of them fits the cache.
+
+    native: groups have a sample for each thread at least, if there are so many.
+    """
     batch, length = x.shape[:2]
     samples, chunks = group_and_block(batch, length, heads * headdim, chunk_size)
+    if native:
+        samples = max(samples, torch.get_num_threads())
     the_plan = plan(length, reverse, suffix, chunk_size, chunks, work_dtype(x), x.device)
     return the_plan, [slice(s, min(s + samples, batch)) for s in range(0, batch, samples)]
 

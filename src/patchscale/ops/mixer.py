@@ -130,7 +130,7 @@ def _mix_tokens(
     batch, length, _ = projected.shape
     sizes = Sizes(conv_weight, A, norm_weight)
     work = work_dtype(projected)
-    plan, groups = cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size)
+    plan, groups = cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size, native)
     stateless = is_stateless(plan.chunks, initial_state, want_final)
     out = projected.new_empty(batch, length, sizes.d_inner)
     kept_chunks = plan.chunks if keep and not stateless else 0
@@ -216,7 +216,7 @@ def _mix_tokens_backward(
     """Gradients of the first nine tensors of the forward, each in its dtype (empty for an absent one)."""
     projected = projected.contiguous() if native else projected
     sizes, work = Sizes(conv_weight, A, norm_weight), work_dtype(projected)
-    plan, groups = cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size)
+    plan, groups = cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size, native)
     stateless = is_stateless(plan.chunks, initial_state, final_state.ndim > 1)
     dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
 

@@ -120,7 +120,7 @@ def _ssd_scan(
     _, _, heads, headdim = x.shape
     work = work_dtype(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    plan, groups = cut(x, heads, headdim, reverse, suffix, chunk_size)
+    plan, groups = cut(x, heads, headdim, reverse, suffix, chunk_size, native)
     stateless = is_stateless(plan.chunks, initial_state, want_final)
     final_state = torch.empty(_final_shape(x, B, want_final), dtype=work, device=x.device)
     kept_chunks = plan.chunks if keep_states and not stateless else 0
@@ -184,7 +184,7 @@ def _ssd_scan_backward(
     dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
     dA = torch.zeros(heads, dtype=work, device=x.device)
     dinitial = torch.empty(chunked.gradient_shape(initial_state), dtype=work, device=x.device)
-    plan, groups = cut(x, heads, headdim, reverse, suffix, chunk_size)
+    plan, groups = cut(x, heads, headdim, reverse, suffix, chunk_size, native)
     stateless = is_stateless(plan.chunks, initial_state, final_state.ndim > 1)
     with torch.autocast(x.device.type, enabled=False):
         for group in groups:

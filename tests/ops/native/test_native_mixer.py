@@ -179,6 +179,15 @@ def test_two_halves_with_state_and_history_passed_on_are_one(assert_near, length
     assert_near(state, expected_state, 1e-5)
 
 
+# Samples are taken as many at a time as there are threads, or more.
+@pytest.mark.parametrize("elements", [1, 2 * 64 * 64, 9 * 64 * 64])
+def test_samples_of_a_large_batch_do_not_mix(elements, threads, monkeypatch, ran, assert_near):
+    monkeypatch.setattr("patchscale.ops.chunks._BLOCK_ELEMENTS", elements)
+    check(assert_near, draw(70, batch=5), reverse=True, suffix=1)
+    groups = -(-5 // max(threads, min(5, elements // (64 * 64))))
+    assert ran == [False] * groups + [True] * groups
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("length", [1, 65, 150])
 def test_every_element_is_written(length, reverse, threads):
