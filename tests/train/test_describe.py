@@ -22,9 +22,12 @@ def test_a_folder_says_what_ran_how_and_where(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["recipe.json", "run.json"]
 
 
-def test_a_run_that_goes_on_adds_its_start(tmp_path):
+def test_a_run_that_goes_on_adds_its_start(tmp_path, monkeypatch):
+    monkeypatch.delenv("PATCHSCALE_OPS", raising=False)
     describe_run(tmp_path, {"lr": 0.1}, ["first"])
+    monkeypatch.setenv("PATCHSCALE_OPS", "native")
     describe_run(tmp_path, {"lr": 0.2}, None)
+    assert [start["PATCHSCALE_OPS"] for start in starts_of(tmp_path)] == [None, "native"]
     assert [start["command"] for start in starts_of(tmp_path)] == ["first", None]
     assert json.loads((tmp_path / "recipe.json").read_text()) == {"lr": 0.2}
 

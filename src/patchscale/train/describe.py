@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from patchscale.files import write_atomically
+from patchscale.ops.dispatch import ENVIRONMENT_VARIABLE
 from patchscale.train.logs import METRICS, read_rows
 
 CURVES = "curves.png"
@@ -57,6 +58,7 @@ def describe_run(
         "devices": _devices(),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
+        ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
