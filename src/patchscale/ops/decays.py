@@ -25,7 +25,7 @@ class Decays:
             S to H, (b, chunks + 1, h); the second is None, or to be multiplied after the first. None without states.
         cs: sums of log-decays inside a chunk, (b, length, h).
         strong: for each block, the heads whose decays are no product of factors, or None.
-        any_strong: whether there are any.
+        strong_in: whether a head is one of them, (chunks, h); None if none is.
     """
 
     def __init__(self, dt: Tensor, A: Tensor, plan: Plan, stateless: bool = False) -> None:
@@ -39,11 +39,11 @@ class Decays:
         self.cs = cs.flatten(1, 2)[:, plan.place]
 
         strong = (total < -plan.factor_range[:, None]).any(0)  # (chunks, h)
-        self.any_strong = bool(strong.any())
+        self.strong_in = strong if bool(strong.any()) else None
         middle = total / 2
         left = total - middle  # from S to H'
         self.strong: list[Tensor | None] = [None] * len(plan.blocks)
-        if self.any_strong:
+        if self.strong_in is not None:
             for i, block in enumerate(plan.blocks):
                 strong[block.numbers] = strong[block.numbers].any(0)
                 found = strong[block.first].nonzero().squeeze(1)
@@ -56,12 +56,12 @@ class Decays:
         if not stateless:
             self.enter, self.enter_rest = self._between_chunks(left, middle)
         from_middle = self.cs - middle[:, plan.chunk_of]
-        if self.any_strong:
+        if self.strong_in is not None:
             hidden = strong[plan.chunk_of]  # (length, h)
             from_middle.masked_fill_(hidden, 0.0)
         decay = from_middle.exp_()
         self.read, self.write = decay.to(dt.dtype), decay.reciprocal().to(dt.dtype)
-        if self.any_strong:
+        if self.strong_in is not None:
             self.read.masked_fill_(hidden, 0.0)
             self.write.masked_fill_(hidden, 0.0)
         self.write_dt = self.write * dt

@@ -140,12 +140,10 @@ def _mix_tokens(
     )
     with torch.autocast(projected.device.type, enabled=False):
         parameters = Parameters(conv_weight.to(work), conv_bias.to(work), D.to(work), norm_weight.to(work), eps)
-        blocks = Blocks(sizes, parameters)
-        kernels = NativeMixer(sizes, parameters) if native else None
+        mixer = (NativeMixer if native else Blocks)(sizes, parameters)
         for group in groups:
             z, xBC, dt = sizes.split(projected[group])
             decays = Decays(F.softplus(dt.to(work) + dt_bias.to(work)), A.to(work), plan, stateless)
-            mixer = blocks if kernels is None or decays.any_strong else kernels
             final = mixer.forward(
                 decays,
                 _history(history, group, xBC, sizes.width),
@@ -230,15 +228,13 @@ def _mix_tokens_backward(
     dinitial = zeros(*chunked.gradient_shape(initial_state))
     with torch.autocast(projected.device.type, enabled=False):
         parameters = Parameters(conv_weight.to(work), conv_bias.to(work), D.to(work), norm_weight.to(work), eps)
-        blocks = Blocks(sizes, parameters)
-        kernels = NativeMixer(sizes, parameters) if native else None
+        mixer = (NativeMixer if native else Blocks)(sizes, parameters)
         work_dt_bias = dt_bias.to(work)
         for group in groups:
             z, xBC, dt = sizes.split(projected[group])
             dz, dxBC, ddt = sizes.split(dprojected[group])
             steps = dt.to(work) + work_dt_bias
             decays = Decays(F.softplus(steps), A.to(work), plan, stateless)
-            mixer = blocks if kernels is None or decays.any_strong else kernels
             gradients = mixer.backward(
                 decays,
                 _history(history, group, xBC, sizes.width),

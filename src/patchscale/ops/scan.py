@@ -130,7 +130,7 @@ def _ssd_scan(
             decays = Decays(dt[group].to(work), A.to(work), plan, stateless)
             initial = None if initial_state is None else initial_state[group].to(work)
             group_states = states[group] if kept_chunks else None
-            implementation = native_scan if native and not decays.any_strong else chunked
+            implementation = native_scan if native else chunked
             read = x[group], B[group], C[group]
             final = implementation.forward(decays, initial, want_final, *read, y[group], group_states)
             if final is not None:
@@ -189,7 +189,7 @@ def _ssd_scan_backward(
     with torch.autocast(x.device.type, enabled=False):
         for group in groups:
             decays = Decays(dt[group].to(work), A.to(work), plan, stateless)
-            implementation = native_scan if native and not decays.any_strong else chunked
+            implementation = native_scan if native else chunked
             ddt[group], dA_group, dinitial_group = implementation.backward(
                 decays,
                 initial_state is not None,

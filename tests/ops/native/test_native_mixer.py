@@ -34,7 +34,7 @@ def draw(
     }
     inputs = {k: torch.randn(s, generator=generator) for k, s in shapes.items()}
     inputs["dt_bias"] -= 2
-    inputs["A"] = -inputs["A"].sigmoid()  # nothing that the kernels leave to others
+    inputs["A"] = -inputs["A"].sigmoid()
     return {k: v for k, v in inputs.items() if v.numel() or k == "projected"}
 
 
@@ -138,17 +138,32 @@ def test_gradient_of_one_output_alone(used, ran, assert_near):
     assert ran == [False, True]
 
 
-# Steps of 0.001 to 30 a token; heads beyond a chunk's factors are not the kernels' work.
+# Steps of 0.001 to 30 a token: heads within a chunk's factors, beyond them, and both side by side.
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(
-    ("rates", "natively"), [([0.001] * 4, True), ([0.9, 0.7, 0.8, 0.1], True), ([0.01, 1.0, 30.0, 0.1], False)]
-)
-def test_strong_and_weak_decay(rates, natively, reverse, ran, assert_near):
-    inputs = draw(197)
+@pytest.mark.parametrize("headdim", [16, 32, 64])
+@pytest.mark.parametrize("rates", [[0.001] * 4, [0.9, 1.0, 1.1, 0.1], [0.01, 1.0, 30.0, 0.1], [30.0] * 4])
+def test_strong_and_weak_decay(rates, headdim, reverse, threads, ran, assert_near):
+    inputs = draw(197, headdim=headdim, batch=1)
     inputs["A"] = -torch.tensor(rates)
     inputs["dt_bias"] = torch.full((4,), 1.0)
     check(assert_near, inputs, reverse=reverse, suffix=1)
-    assert bool(ran) == natively
+    assert ran == [False, True]
+
+
+@pytest.mark.parametrize("absent", [(), ("history", "initial_state")])
+@pytest.mark.parametrize("length", [1, 2, 65, 95, 130])
+def test_strong_decay_without_states(length, absent, assert_near):
+    inputs = {k: v for k, v in draw(length).items() if k not in absent}
+    inputs["A"] = -torch.tensor([0.01, 1.0, 30.0, 0.1])
+    found, expected = (
+        and_gradients(lambda f=f, **given: f(**given, reverse=True), tensors, outputs=("out",))
+        for f, tensors in (
+            (lambda **given: mix_tokens(**given, implementation="native"), inputs),
+            (mix_tokens_reference, {k: v.double() for k, v in inputs.items()}),
+        )
+    )
+    for name, value in found.items():
+        assert_near(value, expected[name], 1e-4 if name in SUMS else 1e-5, name)
 
 
 # A state that decays to less than a normal number on its way from one chunk's middle to the next one's.
@@ -194,7 +209,9 @@ def test_every_element_is_written(length, reverse, threads):
     torch.use_deterministic_algorithms(True)  # fills what torch leaves uninitialised with NaN
     try:
         assert torch.empty(3).isnan().all()
-        result = and_gradients(native, draw(length), reverse=reverse, suffix=1)
+        given = draw(length)
+        given["A"][0] = -30.0
+        result = and_gradients(native, given, reverse=reverse, suffix=1)
         leaves = {k: v.requires_grad_() for k, v in draw(length).items() if k != "initial_state"}
         mix_tokens(**leaves, reverse=reverse, suffix=1, implementation="native")[0].sum().backward()
     finally:

@@ -68,6 +68,39 @@ def test_long_sequences(length, ran, assert_near):
     assert ran == [False, True]
 
 
+def strongly_decaying(steps: Tensor) -> dict[str, Tensor]:
+    inputs = draw(steps.shape[0]) | {"A": -torch.tensor([1.0, 0.5, 0.01, 2.0])}
+    return inputs | {"dt": steps[None, :, None].expand_as(inputs["dt"]).clone()}
+
+
+# Over a chunk these sum to log-decays of -83 (whose exponential is hardly a normal number), -118 (the strongest that
+# are cut into factors), and -192 and more, where exp(cs_t) / exp(cs_s) would be 0 / 0, or overflow.
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("step", [1.3, 1.85, 3.0, 30.0, 300.0])
+def test_strong_decay(step, reverse, ran, assert_near):
+    inputs = strongly_decaying(torch.full((150,), step))
+    options = {"reverse": reverse, "suffix": 1}
+    expected = and_gradients(ssd_scan_reference, {k: v.double() for k, v in inputs.items()}, **options)
+    result = and_gradients(native, inputs, **options)
+    assert result.pop("grad of A").isfinite().all()
+    for name, value in result.items():
+        assert_near(value, expected[name], 1e-5, name, zero=1e-30)
+    assert ran == [False, True]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_steps_of_zero_between_strong_decays(reverse, assert_near):
+    # Looser: float32 keeps differences of running sums near -3000 to 2e-4 only.
+    inputs = strongly_decaying(torch.tensor([0.0, 100.0, 0.01, 0.0])[torch.arange(150) % 4])
+    expected = and_gradients(ssd_scan_reference, {k: v.double() for k, v in inputs.items()}, reverse=reverse)
+    result = and_gradients(native, inputs, reverse=reverse)
+    gradient_of_A = result.pop("grad of A")
+    for name, value in result.items():
+        assert_near(value, expected[name], 1e-4, name)
+    terms = (inputs["dt"] * expected["grad of dt"]).abs().sum()
+    assert (gradient_of_A - expected["grad of A"]).abs().max() <= 1e-4 * terms
+
+
 @pytest.mark.parametrize("chunk_size", [1, 5, 16, 100, 256])
 def test_chunk_sizes(chunk_size, threads, ran, assert_near):
     check(assert_near, draw(200), reverse=True, suffix=1, chunk_size=chunk_size)

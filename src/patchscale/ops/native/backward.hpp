@@ -39,25 +39,6 @@ void gate_backward(const Call& p, const Chunk& chunk, const Worker& w, const Row
     }
 }
 
-// out[i][j] += the sum over panels of a[i] . b[j]: four rows of each, [panel][row][64].
-void multiply_rows(long panels, const float* a, long a_panel, const float* b, long b_panel, float* out, long pitch) {
-    vec total[16];
-    for (int i = 0; i < 16; i++) total[i] = vec{};
-    for (long panel = 0; panel < panels; panel++, a += a_panel, b += b_panel)
-        for (long c = 0; c < PANEL; c += LANES) {
-            vec right[4];
-            for (int j = 0; j < 4; j++) right[j] = load(b + j * PANEL + c);
-            for (int i = 0; i < 4; i++) {
-                const vec left = load(a + i * PANEL + c);
-                for (int j = 0; j < 4; j++) total[4 * i + j] += left * right[j];
-            }
-        }
-    float found[16];
-    sums<16>(total, found);
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++) out[i * pitch + j] += found[4 * i + j];
-}
-
 // A group of panels, back through a chunk: gradients of x and of G, and this group's part of those of B, C and M.
 void scan_panels_backward(
     const Call& p, const Chunk& chunk, const Chunk* next, const Worker& w, const Rows& y, const Rows& dy, bool reads,
@@ -135,6 +116,12 @@ void scan_panels_backward(
                 }
             }
         }
+        for (long head = PANEL * panel / p.headdim; head < PANEL * (panel + 1) / p.headdim; head++)
+            if (is_strong(p, chunk, head))
+                StrongHead(p, chunk, w, head)
+                    .backward(
+                        dy, reads ? states_of(chunk.number, panel) : nullptr, passes ? dS : nullptr, dG, w.shared.dact
+                    );
     }
     // dM = dP X'^T, dC = dP G^T and dB = X' dS^T, summed over all channels.
     for (long i = 0; i < rows; i += 4) {

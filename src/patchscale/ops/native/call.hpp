@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "vectors.hpp"
+
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -17,7 +19,6 @@ struct Tensor3 {
 
 namespace {
 
-constexpr long PANEL = 64;
 constexpr long GROUP = 8;  // panels, at most, whose rows are multiplied by each other at a time
 
 // One chunk of such a tensor, or of scratch, by scan order.
@@ -44,13 +45,18 @@ struct Call {
     const float *D, *norm_weight;          // (width,), one number for each channel
     const float *read, *write_dt;          // (batch, length, heads)
     const float *enter, *enter_rest;       // (batch, chunks + 1, heads); the second may be null
-    float* state;                          // (batch, panels, d_state, 64): S, or the gradient of G
-    float* states;                         // (batch, chunks, panels, d_state, 64): G; null if not kept
-    Tensor3 y, out;                        // y: null if not kept
+    // Heads that have no factors in a chunk, (chunks, heads), null if none: see pairwise.hpp
+    const uint8_t* strong;
+    const double* cs;  // (batch, length, heads), as dt
+    const float* dt;
+    float* state;    // (batch, panels, d_state, 64): S, or the gradient of G
+    float* states;   // (batch, chunks, panels, d_state, 64): G; null if not kept
+    Tensor3 y, out;  // y: null if not kept
     // The backward's
     const float* final_state;  // like state: H after the last chunk
     Tensor3 dout, dz, dx, dB, dC;
     float *along_x, *along_y, *along_states;  // (batch, length, heads) twice, (batch, chunks, heads)
+    float *strong_ddt, *strong_dlog_decay;    // (batch, length, heads), of the heads without factors
     // For each worker: of conv_weight, conv_bias, norm_weight, D; and of the history
     float *dconv_weight, *dconv_bias, *dnorm_weight, *dD, *dhistory;
     float* scratch;
@@ -78,6 +84,8 @@ struct Shared {
 struct Own {
     float *B_turned, *M, *G, *written, *product, *line;
     float *read, *dS, *dM, *dB, *dC;
+    float *decay, *decayed_M, *C_from_start, *B_to_end, *from_start, *to_end, *strong_logs, *strong_x;
+    float *strong_dy, *strong_pairs, *strong_products, *strong_tokens;
 };
 
 struct Arena {
@@ -121,6 +129,13 @@ Own take_own(Arena& arena, const Call& p, bool backward) {
         m.dM = arena.take(s.rows * s.pitch);
         m.dB = arena.take(s.rows * s.n);
         m.dC = arena.take(s.rows * s.n);
+    }
+    if (p.strong) {
+        for (float** pairs : {&m.decay, &m.decayed_M, &m.strong_pairs}) *pairs = arena.take(s.rows * s.pitch);
+        for (float** rows : {&m.strong_x, &m.strong_dy}) *rows = arena.take(s.rows * PANEL);
+        for (float** rows : {&m.C_from_start, &m.B_to_end, &m.strong_products}) *rows = arena.take(s.rows * s.n);
+        for (float** tokens : {&m.from_start, &m.to_end, &m.strong_logs, &m.strong_tokens})
+            *tokens = arena.take(s.pitch);
     }
     return m;
 }

@@ -34,11 +34,13 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("starts", "numbers")),
         *((name, _Rows) for name in ("x", "B", "C", "z")),
         *((name, ctypes.c_void_p) for name in ("conv_weight", "conv_bias", "history", "D", "norm_weight")),
-        *((name, ctypes.c_void_p) for name in ("read", "write_dt", "enter", "enter_rest", "state", "states")),
+        *((name, ctypes.c_void_p) for name in ("read", "write_dt", "enter", "enter_rest", "strong", "cs", "dt")),
+        *((name, ctypes.c_void_p) for name in ("state", "states")),
         *((name, _Rows) for name in ("y", "out")),
         ("final_state", ctypes.c_void_p),
         *((name, _Rows) for name in ("dout", "dz", "dx", "dB", "dC")),
         *((name, ctypes.c_void_p) for name in ("along_x", "along_y", "along_states")),
+        *((name, ctypes.c_void_p) for name in ("strong_ddt", "strong_dlog_decay")),
         *((name, ctypes.c_void_p) for name in ("dconv_weight", "dconv_bias", "dnorm_weight", "dD", "dhistory")),
         ("scratch", ctypes.c_void_p),
     ]
@@ -79,6 +81,8 @@ class Kernels:
             "enter": decays.enter,
             "enter_rest": decays.enter_rest,
         }
+        if decays.strong_in is not None:
+            self.decay_tensors |= {"strong": decays.strong_in, "cs": decays.cs, "dt": decays.dt.contiguous()}
 
     def forward(
         self, initial_state: Tensor | None, want_final: bool, states: Tensor | None, **tensors: Tensor | None
@@ -107,8 +111,11 @@ class Kernels:
         state means nothing if there is none.
         """
         dstate = self._panels(grad_final)
-        along_x, along_y = torch.empty_like(self.decays.dt), torch.empty_like(self.decays.dt)
+        along_x, along_y = (self.decays.dt.new_empty(self.decays.dt.shape) for _ in range(2))
         along_states = self.decays.dt.new_zeros(self.batch, self.plan.chunks, self.heads)
+        strong = {}
+        if self.decays.strong_in is not None:
+            strong = {name: torch.empty_like(along_x) for name in ("strong_ddt", "strong_dlog_decay")}
         self._run(
             True,
             has_initial,
@@ -119,9 +126,15 @@ class Kernels:
             along_x=along_x,
             along_y=along_y,
             along_states=along_states,
+            **strong,
             **tensors,
         )
-        ddt, dA = self.decays.gradients(along_x, along_y, along_states, [])
+        strong_gradients = []
+        for block, heads in zip(self.plan.blocks, self.decays.strong, strict=True):
+            if heads is not None:
+                ddt, dlog_decay = (gradient[:, block.tokens, heads] for gradient in strong.values())
+                strong_gradients.append((block.tokens, heads, ddt, dlog_decay))
+        ddt, dA = self.decays.gradients(along_x, along_y, along_states, strong_gradients)
         return ddt, dA, self._entered(self._heads(dstate), int(self.plan.order[0]) if self.plan.chunks else 0)
 
     def by_worker(self, *shape: int) -> Tensor:

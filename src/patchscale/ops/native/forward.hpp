@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "call.hpp"
+#include "pairwise.hpp"
 #include "vectors.hpp"
 
 namespace {
@@ -133,6 +134,8 @@ void scan_chunk(const Call& p, const Chunk& chunk, const Worker& w, const Rows& 
             const Factors entering[] = {{B, 1, s.conv_dim, own.written, PANEL, 0, chunk.size}};
             product(s.n, PANEL, entering, 1, Steps::all, state, PANEL, reads);
         }
+        for (long head = PANEL * panel / p.headdim; head < PANEL * (panel + 1) / p.headdim; head++)
+            if (is_strong(p, chunk, head)) StrongHead(p, chunk, w, head).forward(y, G, state, reads, passes);
     }
 }
 

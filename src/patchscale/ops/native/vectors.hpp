@@ -17,6 +17,7 @@ constexpr int LANES = 8, TILE_VECTORS = 2;
 constexpr int LANES = 4, TILE_VECTORS = 4;
 #endif
 constexpr int TILE_ROWS = 6;
+constexpr long PANEL = 64;  // columns of rows that are multiplied by each other
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -181,4 +182,25 @@ static void product(
                 strips<TILE_ROWS>(own, count, r, columns, to, pitch, add);
         }
     }
+}
+
+// out[i][j] += the sum over panels of a[i] . b[j]: four rows of each, [panel][row][64].
+static void multiply_rows(
+    long panels, const float* a, long a_panel, const float* b, long b_panel, float* out, long pitch
+) {
+    vec total[16];
+    for (int i = 0; i < 16; i++) total[i] = vec{};
+    for (long panel = 0; panel < panels; panel++, a += a_panel, b += b_panel)
+        for (long c = 0; c < PANEL; c += LANES) {
+            vec right[4];
+            for (int j = 0; j < 4; j++) right[j] = load(b + j * PANEL + c);
+            for (int i = 0; i < 4; i++) {
+                const vec left = load(a + i * PANEL + c);
+                for (int j = 0; j < 4; j++) total[4 * i + j] += left * right[j];
+            }
+        }
+    float found[16];
+    sums<16>(total, found);
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++) out[i * pitch + j] += found[4 * i + j];
 }
