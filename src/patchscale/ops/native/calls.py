@@ -1,4 +1,4 @@
-"""Handing tensors to the C++ kernels: what `mixer.cpp` calls a Call, and the states as it keeps them.
+"""Handing tensors to the C++ kernels: what `call.hpp` calls a Call, and the states as it keeps them.
 
 Shapes in comments: b = samples, h = heads, p = headdim, n = d_state. States are (b, panels, n, 64) there: see
 `mixer.cpp`.
@@ -26,7 +26,7 @@ _NUMBERS = (
 
 
 class _Call(ctypes.Structure):
-    """Field by field the Call of `mixer.cpp`."""
+    """Field by field the Call of `call.hpp`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in _NUMBERS),
@@ -87,7 +87,7 @@ class Kernels:
     def forward(
         self, initial_state: Tensor | None, want_final: bool, states: Tensor | None, **tensors: Tensor | None
     ) -> Tensor | None:
-        """Write the tensors named in `mixer.cpp`; returns the state after the last token, (b, h, p, n), if wanted.
+        """Write the tensors named in `call.hpp`; returns the state after the last token, (b, h, p, n), if wanted.
 
         initial_state: (b, h, p, n). states: (b, chunks, n, h p), to be kept for the backward, in an order of its own.
         """
@@ -105,7 +105,7 @@ class Kernels:
         states: Tensor | None,
         **tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Write the tensors named in `mixer.cpp`; returns the gradients of dt, A and, (b, h, p, n), the initial state.
+        """Write the tensors named in `call.hpp`; returns the gradients of dt, A and, (b, h, p, n), the initial state.
 
         grad_final, final_state: (b, h, p, n), None if nothing depends on the final state. The gradient of the initial
         state means nothing if there is none.
