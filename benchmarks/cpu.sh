@@ -11,14 +11,20 @@ mkdir -p "$out"
 
 folder=$out/ops && bench ops --tokens 196,3136,16384 --peers transformers,native --out "$folder"
 folder=$out/model && bench model --tokens 196,784,4096,16384 --width 256,768 --peers transformers,vit,native --out "$folder"
-folder=$out/flat && bench model --tokens 784,3136,12544,50176,200704 --width 256,768 --peers native --out "$folder"
+# To twenty images in one sequence; a call at 200,704 tokens takes a minute at width 768.
+folder=$out/flat && bench model --tokens 784,3136,12544,50176,200704 --width 256 --peers native --repeats 3 \
+    --min-seconds 1 --out "$folder"
+folder=$out/flat-wide && bench model --tokens 784,3136,12544,50176 --width 768 --peers native --repeats 3 \
+    --min-seconds 1 --out "$folder"
 folder=$out/tiny && bench model --model adventurer_tiny_patch16_224,adventurer_tiny_patch1_224 --peers native,products-kept \
     --repeats 3 --out "$folder"
 folder=$out/compiled && bench model --tokens 784,4096 --width 256,768 --peers compiled --out "$folder"
+# Attention takes a minute for a call here.
+long="--tokens 50176 --width 256 --peers vit,native --repeats 1 --min-seconds 0"
+folder=$out/long && bench model $long --out "$folder"
 # Where the processor multiplies bfloat16
 if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
     folder=$out/bfloat16 && bench model --dtype bfloat16 --tokens 784,4096,16384 --width 256,768 \
         --peers transformers,vit,native --out "$folder"
+    folder=$out/bfloat16-long && bench model --dtype bfloat16 $long --out "$folder"
 fi
-# Attention takes a minute for a call here.
-folder=$out/long && bench model --tokens 50176 --width 256 --peers vit,native --repeats 1 --min-seconds 0 --out "$folder"
