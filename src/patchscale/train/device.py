@@ -58,4 +58,4 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):  # another C library
         return
     mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, -1)  # never: 2 GiB, the most that an int says, is little beside a long sequence
