@@ -26,8 +26,9 @@ def choose_implementation(
 
     Args:
         implementation: ``"triton"`` (fused kernels, the default on NVIDIA GPUs that can run them), ``"torch"``
-            (chunked, plain PyTorch, the default elsewhere), ``"native"`` (C++ for CPUs, float32, built when first asked
-            for; the convolution alone is plain PyTorch), ``"reference"`` (token by token, for checking), or None.
+            (chunked, plain PyTorch, the default elsewhere), ``"native"`` (C++ for CPUs, built when first asked for: the
+            mixer in float32 and bfloat16, the scan in float32; the convolution alone is plain PyTorch),
+            ``"reference"`` (token by token, for checking), or None.
         device: where the tensors are.
         dtype: of the activations.
         sizes: ``heads``, ``headdim`` and ``d_state`` of the scan, if there is one, and ``taps`` of the convolution.

@@ -3,8 +3,9 @@
 import ctypes
 import os
 import platform
-import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from patchscale import UserError
 from patchscale.ops import native, ssd_scan
 from patchscale.ops.native.calls import kernels
-from patchscale.ops.native.library import library
+from patchscale.ops.native.library import _compiler, library
 
 CPU = torch.device("cpu")
 
@@ -29,6 +30,18 @@ def fresh(tmp_path, monkeypatch):
         cached.cache_clear()
 
 
+def compare_with_plain(assert_near) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, dt, B, C = (torch.randn(2, 130, *shape, generator=generator) for shape in ((4, 16), (4,), (16,), (16,)))
+    found, expected = [], []
+    for implementation, results in (("native", found), ("torch", expected)):
+        tensors = [t.clone().requires_grad_() for t in (x, dt.abs() / 9, -torch.ones(4), B, C)]
+        y, state = ssd_scan(*tensors, implementation=implementation)
+        results += [y, state, *torch.autograd.grad(y.square().sum() + state.sum(), tensors)]
+    for value, wanted in zip(found, expected, strict=True):
+        assert_near(value, wanted, 1e-5)
+
+
 def test_is_built_once_and_kept(tmp_path, monkeypatch):
     assert isinstance(library(), ctypes.CDLL)
     (built,) = (tmp_path / "cache" / "patchscale").iterdir()
@@ -38,7 +51,7 @@ def test_is_built_once_and_kept(tmp_path, monkeypatch):
     assert built.stat().st_mtime_ns == before
     # Another compiler is another library.
     other = tmp_path / "another-c++"
-    other.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo another && exit\nexec {shutil.which("c++")} "$@"\n')
+    other.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo another && exit\nexec {_compiler()} "$@"\n')
     other.chmod(other.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(other))
     library.cache_clear()
@@ -49,10 +62,21 @@ def test_is_built_once_and_kept(tmp_path, monkeypatch):
 def test_a_compiler_without_openmp_builds_for_one_thread(tmp_path, monkeypatch, assert_near):
     compiler = tmp_path / "c++"
     refuse = 'for a; do [ "$a" = -fopenmp ] && echo "error: unsupported option" >&2 && exit 1; done'
-    compiler.write_text(f'#!/bin/sh\n{refuse}\nexec {shutil.which("c++")} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\n{refuse}\nexec {_compiler()} "$@"\n')
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(compiler))
-    assert native.available(CPU) is None
+    compare_with_plain(assert_near)
+
+
+def test_a_damaged_library_is_named(tmp_path):
+    # Built by another process: what this one has loaded once, it does not read again.
+    program = "from patchscale.ops.native.library import library; library()"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    (built,) = (tmp_path / "cache" / "patchscale").iterdir()
+    built.write_bytes(b"damaged")
+    obstacle = native.available(CPU)
+    assert str(built) in obstacle
+    assert obstacle.endswith("delete it to build it again")
 
 
 # The vectors of older processors, and of those that this one's are not made of.
@@ -64,18 +88,10 @@ def test_vectors_of_every_width_compute_the_same(processor, tmp_path, monkeypatc
         pytest.skip(f"this processor has no {flags}")
     compiler = tmp_path / "c++"
     body = f'for a; do shift; [ "$a" = -march=native ] && a=-march={processor}; set -- "$@" "$a"; done'
-    compiler.write_text(f'#!/bin/sh\n{body}\nexec {shutil.which("c++")} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\n{body}\nexec {_compiler()} "$@"\n')
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(compiler))
-    generator = torch.Generator().manual_seed(0)
-    x, dt, B, C = (torch.randn(2, 130, *shape, generator=generator) for shape in ((4, 16), (4,), (16,), (16,)))
-    found, expected = [], []
-    for implementation, results in (("native", found), ("torch", expected)):
-        tensors = [t.clone().requires_grad_() for t in (x, dt.abs() / 9, -torch.ones(4), B, C)]
-        y, state = ssd_scan(*tensors, implementation=implementation)
-        results += [y, state, *torch.autograd.grad(y.square().sum() + state.sum(), tensors)]
-    for value, wanted in zip(found, expected, strict=True):
-        assert_near(value, wanted, 1e-5)
+    compare_with_plain(assert_near)
 
 
 def test_no_compiler(monkeypatch, tmp_path):

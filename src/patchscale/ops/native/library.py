@@ -37,7 +37,7 @@ def library() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(folder / name))
     except OSError as error:
-        raise BuildError(f"{folder / name} cannot be loaded: {error}") from None
+        raise BuildError(f"{folder / name} cannot be loaded ({error}); delete it to build it again") from None
 
 
 def _compiler() -> str:
