@@ -83,9 +83,11 @@ def test_float8_takes_the_layers_that_the_hardware_can():
     block = Block(256, 64, 64, 2, False, 0.0)
     peers.to_float8(block)
     assert {name for name, m in block.named_modules() if type(m).__name__ == "Float8Linear"} == {
-        "mixer.out_proj", "mlp.w1", "mlp.w2", "mlp.w3",
-    }  # fmt: skip
-    assert type(block.mixer.in_proj) is torch.nn.Linear  # 1,160 wide
+        "mixer.out_proj",
+        "mlp.w1",
+        "mlp.w2",
+        "mlp.w3",
+    }  # fmt: skip; in_proj is 1,160 wide
 
 
 @pytest.mark.parametrize("name", ["graphed", "float8"])

@@ -54,8 +54,8 @@ def test_it_is_timms_model_with_the_same_weights(changes, assert_near):
     ours, theirs = small(**changes), VisionTransformer(**(SMALL | changes)).eval()
     theirs.load_state_dict(ours.state_dict())
     x = image(*ours.patch_embed.img_size)
-    assert_near(ours(x), theirs(x), 1e-6)
-    assert_near(ours.forward_features(x), theirs.forward_features(x), 1e-6)
+    assert_near(ours(x), theirs(x), 1e-5)
+    assert_near(ours.forward_features(x), theirs.forward_features(x), 1e-5)
     for norm in (False, True):
         options = {"indices": 2, "norm": norm, "intermediates_only": True, "return_prefix_tokens": True}
         for mine, wanted in zip(
@@ -63,7 +63,7 @@ def test_it_is_timms_model_with_the_same_weights(changes, assert_near):
         ):
             pairs = zip(mine, wanted, strict=True) if isinstance(wanted, tuple) else [(mine, wanted)]
             for actual, expected in pairs:
-                assert_near(actual, expected, 1e-6)
+                assert_near(actual, expected, 1e-5)
     ours(x).square().sum().backward()
     theirs(x).square().sum().backward()
     for (name, mine), wanted in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -75,7 +75,7 @@ def test_the_name_without_a_size_is_timms_deit(size, assert_near):
     ours, theirs = (shuffled(timm.create_model(f"deit_{size}_patch16{s}", depth=1)) for s in ("", "_224"))
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(1, 3, 224, 224)
-    assert_near(ours(x), theirs(x), 1e-6)
+    assert_near(ours(x), theirs(x), 1e-5)
     config = [timm.data.resolve_model_data_config(m) for m in (ours, theirs)]
     assert [config[0][k] for k in ("mean", "std", "input_size")] == [
         config[1][k] for k in ("mean", "std", "input_size")
@@ -218,7 +218,7 @@ def test_a_file_without_a_record_makes_its_model(tmp_path, assert_near):
     torch.save({"model": theirs.state_dict()}, tmp_path / "deit.pth")
     model = create_from_checkpoint(read_checkpoint(tmp_path / "deit.pth")).eval()
     assert isinstance(model, ViT)
-    assert_near(model(image(64, 64)), theirs(image(64, 64)), 1e-6)
+    assert_near(model(image(64, 64)), theirs(image(64, 64)), 1e-5)
     pooled = shuffled(VisionTransformer(**(SMALL | {"global_pool": "avg", "num_heads": 1, "mlp_ratio": 2})))
     torch.save(pooled.state_dict(), tmp_path / "pooled.pth")
     assert_near(create_from_checkpoint(read_checkpoint(tmp_path / "pooled.pth")).eval()(image()), pooled(image()), 1e-6)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchscale.bench.measure import hand_back_freed_memory, isolated, peak_memory, preload
 from patchscale.errors import UserError
-from patchscale.ops import mixer, native
+from patchscale.ops import linear, mixer, native
 from patchscale.train.build import recompute_blocks
 from patchscale.train.cost import GPUS, RECOMPUTE, Machine, training_cost
 
@@ -50,7 +50,9 @@ def test_flops_are_the_counters(name, patch_size):
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", NAMES)
-def test_recomputed_flops_are_the_counters(name, recompute):
+def test_recomputed_flops_are_the_counters(name, recompute, monkeypatch):
+    # In oneDNN a block's last product is computed again too, for nothing: autograd keeps what it is of after it.
+    monkeypatch.setattr(linear, "mkl_is_slow", lambda: False)
     model = make(name, patch_size=4).train()
     cost = training_cost(model, (32, 32), 1, recompute=recompute)
     if recompute != "nothing":

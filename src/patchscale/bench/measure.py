@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from patchscale.errors import first_line
+from patchscale.ops.linear import linear
 
 OUT_OF_MEMORY = "out of memory"
 _MAX_ROUNDS = 1000
@@ -99,15 +100,15 @@ class _CudaClock:
 def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> Ceilings:
     """Measure the ceilings; each takes about ``seconds``.
 
-    For bfloat16 on a machine that multiplies float32 faster, float32's, which is what is then computed in.
+    Products are those of :func:`patchscale.ops.linear.linear`. For bfloat16 on a machine that multiplies float32
+    faster, float32's, which is what is then computed in.
     """
     on_gpu = device.type == "cuda"
     size = 8192 if on_gpu else 1024
     flops = 0.0
     for each in {dtype} if on_gpu else {dtype, torch.float32}:
         a, b = (torch.randn(size, size, device=device).to(each) for _ in range(2))
-        product = torch.empty_like(a)
-        flops = max(flops, 2 * size**3 / _median(functools.partial(torch.mm, a, b, out=product), device, seconds))
+        flops = max(flops, 2 * size**3 / _median(functools.partial(linear, a, b), device, seconds))
     source = torch.zeros(2**30 if on_gpu else 2**26, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     return Ceilings(flops, 2 * source.numel() / _median(functools.partial(target.copy_, source), device, seconds))

@@ -38,6 +38,7 @@ from patchscale.errors import first_line
 from patchscale.models.block import CONV_WIDTH, NORM_EPS, Mamba2Mixer
 from patchscale.ops import native
 from patchscale.ops.dispatch import ENVIRONMENT_VARIABLE
+from patchscale.ops.linear import convert_linear
 
 # The chunk length that transformers and the published code use by default.
 _THEIR_CHUNK = 256
@@ -127,12 +128,12 @@ def _transformers_mixer(case: Case) -> Candidate:
     return of_module(case, mixer, lambda u: mixer(torch.cat([u.mean(1, keepdim=True), u], 1))[:, 1:])
 
 
-# vit: attention of equal width.
+# vit: attention of equal width, its linear layers computed as this project's.
 
 
 def _vit_block(case: Case) -> Candidate:
     block = made(case, lambda: VitBlock(case.width, case.width // HEADDIM, mlp_ratio=4.0, qkv_bias=True))
-    return of_module(case, block, comparable=False)
+    return of_module(case, convert_linear(block), comparable=False)
 
 
 def _deit(case: Case) -> Candidate:
@@ -147,7 +148,7 @@ def _deit(case: Case) -> Candidate:
             num_heads=model.embed_dim // HEADDIM,
         ),
     )
-    return of_module(case, vit, comparable=False)
+    return of_module(case, convert_linear(vit), comparable=False)
 
 
 # native, compiled, graphed, float8, products-kept: this project's own other forms.

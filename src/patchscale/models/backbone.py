@@ -20,11 +20,12 @@ from patchscale.models.tokens import (
     sincos_positions,
 )
 from patchscale.models.weight_files import fill, read_checkpoint
+from patchscale.ops.linear import PRODUCTS
 
 Positions = Literal["learn", "sincos", "none"]
 
 # What a linear layer runs.
-_PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+_PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, *PRODUCTS]
 
 
 class Backbone(nn.Module):

@@ -13,6 +13,7 @@ from patchscale.errors import UserError
 from patchscale.ops import mix_tokens
 from patchscale.ops.chunks import is_one_chunk
 from patchscale.ops.conv import tokens_before_next
+from patchscale.ops.linear import Linear
 from patchscale.ops.sequence_parallel import BLOCK_TOKENS, SequenceGroup, decay_and_state, states_between
 
 CONV_WIDTH = 4
@@ -58,13 +59,13 @@ class Mamba2Mixer(nn.Module):
         self.reverse = reverse
         self.sequence_group: SequenceGroup | None = None
         self.conv_dim = conv_dim = d_inner + 2 * d_state
-        self.in_proj = nn.Linear(embed_dim, d_inner + conv_dim + self.nheads, bias=False, **dd)
+        self.in_proj = Linear(embed_dim, d_inner + conv_dim + self.nheads, bias=False, **dd)
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, CONV_WIDTH, groups=conv_dim, **dd)  # holds weights, is not called
         self.dt_bias = nn.Parameter(torch.empty(self.nheads, **dd))
         self.A_log = nn.Parameter(torch.empty(self.nheads, **dd))
         self.D = nn.Parameter(torch.empty(self.nheads, **dd))
         self.norm = nn.RMSNorm(d_inner, eps=NORM_EPS, **dd)  # holds a weight, is not called
-        self.out_proj = nn.Linear(d_inner, embed_dim, bias=False, **dd)
+        self.out_proj = Linear(d_inner, embed_dim, bias=False, **dd)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -219,9 +220,9 @@ class SwiGLU(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = int(embed_dim * MLP_RATIO)
-        self.w1 = nn.Linear(embed_dim, hidden, **dd)
-        self.w2 = nn.Linear(embed_dim, hidden, **dd)
-        self.w3 = nn.Linear(hidden, embed_dim, **dd)
+        self.w1 = Linear(embed_dim, hidden, **dd)
+        self.w2 = Linear(embed_dim, hidden, **dd)
+        self.w3 = Linear(hidden, embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., embed_dim) -> (..., embed_dim)."""

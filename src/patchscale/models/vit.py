@@ -29,6 +29,7 @@ from patchscale.models.backbone import Backbone, Positions, check_positions
 from patchscale.models.published import DEIT, PIXEL_TRANSFORMER, Family, evaluation_crop
 from patchscale.models.tokens import PatchEmbed, Size
 from patchscale.models.weight_files import download, fit_for_timm
+from patchscale.ops.linear import convert_linear
 
 
 class ViT(Backbone, VisionTransformer):  # type: ignore[misc]  # it takes a patch size where timm takes masks
@@ -86,6 +87,7 @@ class ViT(Backbone, VisionTransformer):  # type: ignore[misc]  # it takes a patc
             embed_layer=partial(PatchEmbed, extend=extend),
             **kwargs,
         )
+        convert_linear(self.blocks)
         self.positions = pos_embed
         self.pos_grid = self.patch_embed.grid_size if pos_grid is None else to_2tuple(pos_grid)
         if self.pos_embed is not None and self.pos_grid != self.patch_embed.grid_size:

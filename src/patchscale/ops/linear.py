@@ -1,0 +1,118 @@
+"""Linear layers, in the faster of the two matrix libraries that PyTorch holds for CPUs.
+
+PyTorch computes float32 products on x86 by MKL, which leaves AVX-512 to Intel's processors: on AMD's, oneDNN, which is
+in every x86 build of PyTorch too, is about twice as fast (benchmarks/README.md).
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+# Fewer rows take as long to call as to multiply.
+_FEWEST_ROWS = 16
+# A weight's gradient is a sum over rows: of so many at a time, which stay in the cache.
+_SUMMED_ROWS = 2048
+
+# The operator that :func:`linear` calls where it does not call PyTorch's own, if this build of PyTorch has it.
+PRODUCTS = [torch.ops.mkldnn._linear_pointwise.default] if torch.backends.mkldnn.is_available() else []
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``, in oneDNN where that is faster; the same but for rounding.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+        bias: (out,), or None.
+
+    Returns:
+        (..., out).
+    """
+    # Compiled, inductor chooses for itself.
+    if torch.compiler.is_compiling() or not mkl_is_slow() or not _fits(x, weight, bias):
+        return F.linear(x, weight, bias)
+    return _OneDNN.apply(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear``, computed by :func:`linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return linear(input, self.weight, self.bias)
+
+
+def convert_linear(module: nn.Module) -> nn.Module:
+    """Have the linear layers in a module, another library's perhaps, computed by :func:`linear`; returns the module."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Linear
+    return module
+
+
+@functools.cache
+def mkl_is_slow() -> bool:
+    """Whether PyTorch's default float32 products leave half of this processor unused."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    processor = torch.cpu.get_capabilities()
+    return bool(processor.get("avx512_f")) and "AMD" in str(processor.get("cpu_name"))
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Not a subclass with operators of its own: quantised, distributed, without data."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        _plain(x)
+        and _plain(weight)
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and (bias is None or bias.dtype == torch.float32)
+        and x.ndim > 0
+        and x.shape[-1] == weight.shape[1]
+        and x.numel() >= _FEWEST_ROWS * x.shape[-1] > 0
+        and weight.shape[0] > 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class _OneDNN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (
+            _OneDNN.apply(grad, weight.t(), None) if for_x else None,
+            _weight_gradient(grad.flatten(0, -2), x.flatten(0, -2)) if for_weight else None,
+            grad.flatten(0, -2).sum(0) if for_bias else None,
+        )
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """(rows, out), (rows, in) -> (out, in)."""
+    if grad.shape[1] > x.shape[1]:  # oneDNN is faster at few rows of many columns
+        return _weight_gradient(x, grad).t()
+    pairs = zip(grad.split(_SUMMED_ROWS), x.split(_SUMMED_ROWS), strict=True)
+    total, *others = (_OneDNN.apply(g.t(), part.t(), None) for g, part in pairs)
+    for other in others:
+        total += other
+    return total
+
+
+# A later PyTorch may know it.
+@register_flop_formula([op.overloadpacket for op in PRODUCTS if op.overloadpacket not in flop_registry])
+def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * weight_shape[0] * torch.Size(x_shape).numel()

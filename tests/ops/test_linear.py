@@ -1,0 +1,216 @@
+"""Linear layers in oneDNN, on whatever processor the tests run."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from patchscale.models.backbone import _PRODUCTS
+from patchscale.ops import linear as module
+from patchscale.ops.linear import PRODUCTS, Linear, convert_linear, linear, mkl_is_slow
+
+
+class Called(TorchDispatchMode):
+    """How often oneDNN is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += func in PRODUCTS
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slow_mkl():
+    if not PRODUCTS:
+        pytest.skip("this PyTorch has no oneDNN")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "mkl_is_slow", lambda: True)
+        yield
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+def gradients(function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    out = function(*inputs)
+    return [out, *torch.autograd.grad(out, inputs, grad)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    inside=st.integers(1, 70),
+    out=st.integers(1, 70),
+    bias=st.booleans(),
+)
+def test_values_and_gradients_are_those_of_float64(shape, inside, out, bias, assert_near):
+    torch.manual_seed(0)
+    inputs = leaves(torch.randn(*shape, inside), torch.randn(out, inside), *[torch.randn(out)] * bias)
+    grad = torch.randn(*shape, out)
+    exact = gradients(F.linear, leaves(*(t.double() for t in inputs)), grad.double())
+    for actual, expected in zip(gradients(linear, inputs, grad), exact, strict=True):
+        assert_near(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("rows", [2048, 2049, 5000])
+@pytest.mark.parametrize(("inside", "out"), [(64, 160), (160, 64)])
+def test_rows_that_are_summed_in_parts(rows, inside, out, assert_near):
+    torch.manual_seed(0)
+    inputs = leaves(torch.randn(rows, inside), torch.randn(out, inside))
+    grad = torch.randn(rows, out)
+    exact = gradients(F.linear, leaves(*(t.double() for t in inputs)), grad.double())
+    with Called() as called:
+        found = gradients(linear, inputs, grad)
+    assert called.products == 2 + -(-rows // 2048)
+    for actual, expected in zip(found, exact, strict=True):
+        assert_near(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t[:, ::2],
+        lambda t: t.transpose(0, 1),
+        lambda t: t[..., 8:40],
+        lambda t: t[:1].expand(3, -1, -1),
+        lambda t: t.flip(1)[:, 3:],
+    ],
+)
+def test_views(view, assert_near):
+    torch.manual_seed(0)
+    x = view(torch.randn(4, 50, 48))
+    weight = torch.randn(x.shape[-1], 24).t()
+    with Called() as called:
+        out = linear(x, weight)
+    assert called.products == 1
+    assert_near(out, F.linear(x.double(), weight.double()), 1e-5)
+
+
+def test_an_expanded_gradient(assert_near):
+    torch.manual_seed(0)
+    x, weight = leaves(torch.randn(100, 32), torch.randn(40, 32))
+    linear(x, weight).sum().backward()
+    assert_near(weight.grad, x.detach().sum(0).expand(40, 32), 1e-5)
+    assert_near(x.grad, weight.detach().sum(0).expand(100, 32), 1e-5)
+
+
+def test_only_the_gradients_that_are_wanted():
+    x, weight = torch.randn(100, 32), nn.Parameter(torch.randn(40, 32))
+    with Called() as called:
+        linear(x, weight).sum().backward()
+    assert called.products == 2
+
+
+def test_gradients_of_gradients(assert_near):
+    torch.manual_seed(0)
+    found = []
+    for function in (linear, F.linear):
+        x, weight, bias = leaves(*(t.clone() for t in (torch.ones(60, 8).cumsum(0) / 60, torch.eye(8), torch.ones(8))))
+        first = torch.autograd.grad(function(x, weight, bias).square().sum(), (x, weight), create_graph=True)
+        found.append(torch.autograd.grad(sum(g.pow(3).sum() for g in first), (x, weight, bias)))
+    for actual, expected in zip(*found, strict=True):
+        assert_near(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.randn(15, 32), torch.randn(8, 32)),
+        (torch.randn(32), torch.randn(8, 32)),
+        (torch.randn(0, 32), torch.randn(8, 32)),
+        (torch.randn(64, 32, dtype=torch.float64), torch.randn(8, 32, dtype=torch.float64)),
+        (torch.randn(64, 32, dtype=torch.bfloat16), torch.randn(8, 32, dtype=torch.bfloat16)),
+        (torch.randn(64, 32, device="meta"), torch.randn(8, 32, device="meta")),
+        (torch.randn(64, 0), torch.randn(8, 0)),
+        (torch.randn(64, 32), torch.randn(0, 32)),
+    ],
+)
+def test_what_onednn_is_not_for_is_pytorch_s(x, weight):
+    with Called() as called:
+        out = linear(x, weight)
+    assert called.products == 0
+    assert out.shape == (*x.shape[:-1], weight.shape[0])
+    assert out.dtype == x.dtype
+
+
+def test_autocast_is_kept():
+    with torch.autocast("cpu", torch.bfloat16), Called() as called:
+        assert linear(torch.randn(64, 32), torch.randn(8, 32)).dtype == torch.bfloat16
+    assert called.products == 0
+
+
+def test_shapes_that_do_not_fit_are_pytorch_s_error():
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        linear(torch.randn(64, 31), torch.randn(8, 32))
+
+
+def test_flops_are_those_of_pytorch_s():
+    x, weight, bias = leaves(torch.randn(5, 30, 32), torch.randn(8, 32), torch.randn(8))
+    totals = []
+    for function in (linear, F.linear):
+        with FlopCounterMode(display=False) as counter:
+            function(x, weight, bias).sum().backward()
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] == 3 * 2 * 5 * 30 * 32 * 8
+
+
+def test_products_are_kept_where_the_rest_is_recomputed():
+    layers = nn.Sequential(Linear(32, 40), nn.SiLU(), Linear(40, 32))
+    x = torch.randn(64, 32, requires_grad=True)
+
+    def calls(**options) -> int:
+        with Called() as called:
+            checkpoint(layers, x, use_reentrant=False, **options).sum().backward()
+        return called.products
+
+    kept = calls(context_fn=lambda: create_selective_checkpoint_contexts(_PRODUCTS))
+    assert (kept, calls()) == (6, 8)
+
+
+def test_other_libraries_layers():
+    theirs = nn.TransformerEncoderLayer(32, 2, 48, 0.0, batch_first=True)
+    ours = convert_linear(copy.deepcopy(theirs))
+    assert type(ours.linear1) is Linear
+    assert type(ours.self_attn.out_proj) is type(theirs.self_attn.out_proj)  # a subclass, with ways of its own
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    x = torch.randn(2, 30, 32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_it_is_pytorch_s_own():
+    layer = Linear(32, 40)
+    x = torch.randn(64, 32)
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch.testing.assert_close(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x), rtol=1e-4, atol=1e-5)
+    assert targets == [torch._C._nn.linear]
+
+
+@pytest.mark.parametrize(
+    ("processor", "slow"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_f": False}, False),
+        ({"cpu_name": "Intel Xeon", "avx512_f": True}, False),
+        ({"architecture": "aarch64"}, False),
+    ],
+)
+def test_which_processors(monkeypatch, processor, slow):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert mkl_is_slow.__wrapped__() == slow
