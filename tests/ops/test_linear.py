@@ -1,6 +1,7 @@
 """Linear layers in oneDNN, on whatever processor the tests run."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -199,6 +200,31 @@ def test_compiled_it_is_pytorch_s_own():
 
     torch.testing.assert_close(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x), rtol=1e-4, atol=1e-5)
     assert targets == [torch._C._nn.linear]
+
+
+def test_function_transforms(assert_near):
+    torch.manual_seed(0)
+    x, weight, direction = torch.randn(3, 40, 32), torch.randn(24, 32), torch.randn(24, 32)
+    residual = torch.einsum("bli,oi->blo", x, weight)
+    of_samples = 2 * torch.einsum("blo,bli->boi", residual, x)
+
+    def loss(weight: Tensor, x: Tensor) -> Tensor:
+        return linear(x, weight).square().sum()
+
+    assert_near(torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x), of_samples, 1e-5)
+    _, along = torch.func.jvp(lambda w: loss(w, x), (weight,), (direction,))
+    assert_near(along, (of_samples.sum(0) * direction).sum(), 1e-4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(weight, direction)
+        tangent = torch.autograd.forward_ad.unpack_dual(loss(dual, x)).tangent
+    assert_near(tangent, along, 1e-5)
+
+
+def test_torchscript_records_pytorch_s_own():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        traced = torch.jit.trace(Linear(32, 40), torch.randn(64, 32))
+    assert "aten::linear" in str(traced.graph)
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., out).
     """
-    # Compiled, inductor chooses for itself.
-    if torch.compiler.is_compiling() or not mkl_is_slow() or not _fits(x, weight, bias):
-        return F.linear(x, weight, bias)
-    return _OneDNN.apply(x, weight, bias)
+    if not torch.compiler.is_compiling() and mkl_is_slow() and _fits(x, weight, bias) and not _traced():
+        return _OneDNN.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -80,6 +79,15 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.numel() >= _FEWEST_ROWS * x.shape[-1] > 0
         and weight.shape[0] > 0
         and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _traced() -> bool:
+    """Whether TorchScript, torch.func or forward-mode differentiation wants to see PyTorch's own operators."""
+    return bool(
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 
