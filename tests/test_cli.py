@@ -144,6 +144,7 @@ def test_env_names_the_implementation_of_each_operator(capsys, monkeypatch):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"native kernels +for CPUs, with PATCHSCALE_OPS=native: \S", out)
+    assert re.search(r"linear layers +float32 on CPUs: (oneDNN|PyTorch's default)", out)
     assert re.search(r"ssd_scan +torch \(the default on", out)
     monkeypatch.setenv("PATCHSCALE_OPS", "reference")
     assert main(["env"]) == 0

@@ -190,6 +190,7 @@ def env() -> None:
     from patchscale import ops
     from patchscale.ops import native
     from patchscale.ops.dispatch import choose_implementation
+    from patchscale.ops.linear import mkl_is_slow
     from patchscale.train.device import resolve_device
 
     device = resolve_device(None)
@@ -207,6 +208,8 @@ def env() -> None:
     for name in ops.DISPATCHED:
         table.add_row(name, f"{choice.implementation} ({choice.reason})")
     table.add_row("gated_rms_norm", "torch (the only one)")
+    library = "oneDNN, as MKL leaves this processor's AVX-512 unused" if mkl_is_slow() else "PyTorch's default"
+    table.add_row("linear layers", f"float32 on CPUs: {library}")
     obstacle = native.available(torch.device("cpu"))
     table.add_row("native kernels", f"for CPUs, with PATCHSCALE_OPS=native: {obstacle or 'ready'}")
     console.out.print(table)
