@@ -18,6 +18,7 @@ folder=$out/flat-wide && bench model --tokens 784,3136,12544,50176 --width 768 -
     --min-seconds 1 --out "$folder"
 folder=$out/tiny && bench model --model adventurer_tiny_patch16_224,adventurer_tiny_patch1_224 --peers native,products-kept \
     --repeats 3 --out "$folder"
+folder=$out/linear && bench model --tokens 4096 --width 256,768 --peers default-linear --out "$folder"
 folder=$out/compiled && bench model --tokens 784,4096 --width 256,768 --peers compiled --out "$folder"
 # Attention takes a minute for a call here.
 long="--tokens 50176 --width 256 --peers vit,native --repeats 1 --min-seconds 0"

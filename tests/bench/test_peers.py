@@ -4,13 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from patchscale.bench import peers
 from patchscale.bench.cases import Case, ours
 from patchscale.bench.cells import comparable_result, relative_error
 from patchscale.bench.measure import Failed
 from patchscale.models.block import Block, Mamba2Mixer
-from patchscale.ops import native
+from patchscale.ops import linear, native
 from patchscale.ops.native.calls import Kernels
 from patchscale.ops.reference import ssd_scan_reference
 
@@ -46,6 +47,30 @@ def test_native_is_not_measured_where_it_cannot_run():
         peers.candidate("native", case)
     with pytest.raises(Failed, match="recomputed"):
         peers.candidate("native", replace(case, subject="model", checkpointing=True))
+
+
+@pytest.mark.skipif(not linear.PRODUCTS, reason="this PyTorch has no oneDNN")
+def test_default_linear_is_this_project_without_onednn(monkeypatch):
+    for where in (linear, peers):
+        monkeypatch.setattr(where, "mkl_is_slow", lambda: True)
+    case = Case("block", True, tokens=70, batch=2, heads=4, device="cpu", dtype="float32")
+
+    def measured(candidate):
+        with FlopCounterMode(display=False) as counter:
+            result = comparable_result(case, candidate)
+        return result, any("mkldnn" in str(operator) for operator in counter.get_flop_counts()["Global"])
+
+    found, found_in_onednn = measured(peers.candidate("default-linear", case))
+    expected, expected_in_onednn = measured(ours(case))
+    assert relative_error(found, expected) < 1e-5
+    assert (found_in_onednn, expected_in_onednn) == (False, True)
+
+
+def test_default_linear_is_left_out_where_it_is_ours(monkeypatch):
+    monkeypatch.setattr(peers, "mkl_is_slow", lambda: False)
+    case = Case("block", True, tokens=70, batch=2, heads=4, device="cpu", dtype="float32")
+    with pytest.raises(Failed, match="takes here"):
+        peers.candidate("default-linear", case)
 
 
 def _kernels():

@@ -55,8 +55,8 @@ class Options:
 
     Attributes:
         peers: Whom to measure beside: transformers, vit, mamba-ssm, fla, none, or this project's own other forms,
-            native (C++ for CPUs), compiled (torch.compile), graphed (CUDA graphs), float8 (torchao) and products-kept;
-            by default all others that are installed and run on the device.
+            native (C++ for CPUs), default-linear (MKL for oneDNN), compiled (torch.compile), graphed (CUDA graphs),
+            float8 (torchao) and products-kept; by default all others that are installed and run on the device.
         tokens: Numbers of tokens, such as 196,784,3136,12544,50176.
         heads: Scan heads of 64 channels, for ops; 8,24 by default.
         decay: The scan's decays, for ops: fresh (as before training), mild (no head decays strongly), or both by

@@ -38,7 +38,7 @@ from patchscale.errors import first_line
 from patchscale.models.block import CONV_WIDTH, NORM_EPS, Mamba2Mixer
 from patchscale.ops import native
 from patchscale.ops.dispatch import ENVIRONMENT_VARIABLE
-from patchscale.ops.linear import convert_linear
+from patchscale.ops.linear import Linear, convert_linear, mkl_is_slow
 
 # The chunk length that transformers and the published code use by default.
 _THEIR_CHUNK = 256
@@ -151,7 +151,7 @@ def _deit(case: Case) -> Candidate:
     return of_module(case, convert_linear(vit), comparable=False)
 
 
-# native, compiled, graphed, float8, products-kept: this project's own other forms.
+# native, default-linear, compiled, graphed, float8, products-kept: this project's own other forms.
 
 
 def _native(case: Case) -> Candidate:
@@ -176,6 +176,16 @@ def _native(case: Case) -> Candidate:
 
     comparable = None if candidate.comparable is None else natively(candidate.comparable)
     return candidate._replace(function=natively(candidate.function), comparable=comparable)
+
+
+def _default_linear(case: Case) -> Candidate:
+    if case.device != "cpu" or case.dtype != "float32" or not mkl_is_slow():
+        raise Failed("PyTorch's default is what this project takes here")
+    module = MODULES[case.subject](case)
+    for layer in module.modules():
+        if type(layer) is Linear:
+            layer.__class__ = nn.Linear  # type: ignore[assignment]
+    return of_module(case, module)
 
 
 def _compiled(case: Case, mode: str | None = None) -> Candidate:
@@ -380,6 +390,13 @@ PEERS: dict[str, Peer] = {
         makes=dict.fromkeys(("scan", "mixer", "block", "model", "step"), _native),
         remark="this project with its kernels in C++ (PATCHSCALE_OPS=native)",
     ),
+    "default-linear": Peer(
+        "torch",
+        "pip install torch",
+        gpu_only=False,
+        makes=dict.fromkeys(("mixer", "block", "model", "step"), _default_linear),
+        remark="this project, float32 linear layers in the library that PyTorch takes by default",
+    ),
     "compiled": Peer(
         "torch",
         "pip install torch",
@@ -412,5 +429,5 @@ PEERS: dict[str, Peer] = {
 }
 # Without --peers, all but this project's own other forms.
 DEFAULT_PEERS = tuple(
-    name for name in PEERS if name not in ("native", "compiled", "graphed", "float8", "products-kept")
+    name for name in PEERS if name not in ("native", "default-linear", "compiled", "graphed", "float8", "products-kept")
 )
