@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -76,6 +77,24 @@ def test_rows_that_are_summed_in_parts(rows, inside, out, assert_near):
     assert called.products == 2 + -(-rows // 2048)
     for actual, expected in zip(found, exact, strict=True):
         assert_near(actual, expected, 1e-5)
+
+
+def test_parts_of_a_sum_are_not_held():
+    class Alive(TorchDispatchMode):
+        most, products = 0, weakref.WeakSet()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **kwargs or {})
+            if func in PRODUCTS:
+                self.products.add(out.untyped_storage())
+                self.most = max(self.most, len(self.products))
+            return out
+
+    weight = nn.Parameter(torch.randn(40, 32))
+    out = linear(torch.randn(9 * 2048, 32), weight)
+    with Alive() as alive:
+        out.backward(torch.ones_like(out))
+    assert alive.most == 2
 
 
 @pytest.mark.parametrize(

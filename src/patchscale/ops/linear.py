@@ -113,11 +113,15 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """(rows, out), (rows, in) -> (out, in)."""
     if grad.shape[1] > x.shape[1]:  # oneDNN is faster at few rows of many columns
         return _weight_gradient(x, grad).t()
-    pairs = zip(grad.split(_SUMMED_ROWS), x.split(_SUMMED_ROWS), strict=True)
-    total, *others = (_OneDNN.apply(g.t(), part.t(), None) for g, part in pairs)
-    for other in others:
-        total += other
+    first, *others = zip(grad.split(_SUMMED_ROWS), x.split(_SUMMED_ROWS), strict=True)
+    total = _product_over_rows(*first)
+    for rows in others:
+        total += _product_over_rows(*rows)
     return total
+
+
+def _product_over_rows(grad: Tensor, x: Tensor) -> Tensor:
+    return _OneDNN.apply(grad.t(), x.t(), None)
 
 
 # A later PyTorch may know it.
