@@ -1,7 +1,7 @@
 """Linear layers, in the faster of the two matrix libraries that PyTorch holds for CPUs.
 
 PyTorch computes float32 products on x86 by MKL, which leaves AVX-512 to Intel's processors: on AMD's, oneDNN, which is
-in every x86 build of PyTorch too, is about twice as fast (benchmarks/README.md).
+in every x86 build of PyTorch too, is about twice as fast (README, Speed).
 """
 
 import functools
