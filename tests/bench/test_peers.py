@@ -12,7 +12,7 @@ from patchscale.bench.cells import comparable_result, relative_error
 from patchscale.bench.measure import Failed
 from patchscale.models.block import Block, Mamba2Mixer
 from patchscale.ops import linear, native
-from patchscale.ops.native.calls import Kernels
+from patchscale.ops.native import calls
 from patchscale.ops.reference import ssd_scan_reference
 
 
@@ -32,8 +32,8 @@ def test_native_computes_the_same_in_its_kernels(subject, training, monkeypatch)
         pytest.skip(obstacle)
     monkeypatch.delenv("PATCHSCALE_OPS", raising=False)
     ran = []
-    run = Kernels._run
-    monkeypatch.setattr(Kernels, "_run", lambda self, *args, **tensors: (ran.append(1), run(self, *args, **tensors)))
+    run = calls.run
+    monkeypatch.setattr(calls, "run", lambda *args, **tensors: (ran.append(1), run(*args, **tensors)))
     case = Case(subject, training, tokens=70, batch=2, heads=4, device="cpu", dtype="float32")
     found = comparable_result(case, peers.candidate("native", case))
     assert len(ran) == 1 + training

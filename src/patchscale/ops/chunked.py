@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from patchscale.ops import pairwise
-from patchscale.ops.chunks import Block, chunk_bounds, is_stateless
+from patchscale.ops.chunks import Block, Plan, chunk_bounds, is_stateless
 from patchscale.ops.decays import Decays
 
 
@@ -341,36 +341,72 @@ class Scan:
 
 
 def forward(
-    decays: Decays,
-    initial_state: Tensor | None,
-    want_final: bool,
+    plan: Plan,
     x: Tensor,
+    dt: Tensor,
+    A: Tensor,
     B: Tensor,
     C: Tensor,
+    initial_state: Tensor | None,
     y: Tensor,
+    final_state: Tensor | None,
     states: Tensor | None,
-) -> Tensor | None:
-    """Scan a group of samples: write y, and states if they are to be kept; returns the final state if wanted.
+) -> None:
+    """Scan a batch: write y and, where they are wanted, the final state and the states at chunk boundaries.
 
-    x, y: (b, length, h, p); B, C: (b, length, n); of any precision. initial_state: (b, h, p, n). states: (b, chunks, n,
-    h p).
+    x, y: (batch, length, h, p); B, C: (batch, length, n); of any precision. dt: (batch, length, h); A: (h,).
+    initial_state, final_state: (batch, h, p, n). states: (batch, chunks, n, h p).
     """
-    plan, work = decays.plan, decays.dt.dtype
-    scan = Scan(decays, x.shape[3], B.shape[2])
-    if initial_state is not None:
-        scan.begin(initial_state)
-    xs, Bs, Cs, ys = (t.split(plan.block_tokens, 1) for t in (x, B, C, y))
-    kept = None if states is None else states.split(plan.block_chunks, 1)
-    for i, place in enumerate(block.place for block in plan.blocks):
-        x_i, B_i, C_i = (t[place].to(work) for t in (xs, Bs, Cs))
-        pass_on = want_final or i + 1 < len(plan.blocks)
-        scan.forward(i, x_i, B_i, C_i, ys[place], None if kept is None else kept[place], pass_on)
-    return scan.final_state() if want_final else None
+    work, stateless = dt.dtype, is_stateless(plan.chunks, initial_state, final_state is not None)
+    for group in plan.groups(x.shape[0]):
+        scan = Scan(Decays(dt[group], A, plan, stateless), x.shape[3], B.shape[2])
+        if initial_state is not None:
+            scan.begin(initial_state[group])
+        xs, Bs, Cs, ys = (t[group].split(plan.block_tokens, 1) for t in (x, B, C, y))
+        kept = None if states is None else states[group].split(plan.block_chunks, 1)
+        for i, place in enumerate(block.place for block in plan.blocks):
+            x_i, B_i, C_i = (t[place].to(work) for t in (xs, Bs, Cs))
+            pass_on = final_state is not None or i + 1 < len(plan.blocks)
+            scan.forward(i, x_i, B_i, C_i, ys[place], None if kept is None else kept[place], pass_on)
+        if final_state is not None:
+            final_state[group] = scan.final_state()
 
 
 def backward(
-    decays: Decays,
-    has_initial: bool,
+    plan: Plan,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    grad_final: Tensor | None,
+    final_state: Tensor | None,
+    y: Tensor,
+    states: Tensor | None,
+    dy: Tensor,
+    dx: Tensor,
+    dB: Tensor,
+    dC: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write dx, dB and dC; returns the gradients of dt, A and the initial state, empty if there is none.
+
+    grad_final, final_state: None if nothing depends on the final state. states: None if there are none.
+    """
+    ddt, dA, dinitial = torch.empty_like(dt), torch.zeros_like(A), dt.new_empty(gradient_shape(initial_state))
+    for group in plan.groups(x.shape[0]):
+        scan = Scan(Decays(dt[group], A, plan, states is None), x.shape[3], B.shape[2])
+        tensors = grad_final, final_state, x, B, C, y, states, dy, dx, dB, dC
+        _group_backward(scan, *(t if t is None else t[group] for t in tensors))
+        ddt[group], dA_group, dinitial_group = scan.end_backward()
+        dA += dA_group
+        if initial_state is not None:
+            dinitial[group] = dinitial_group
+    return ddt, dA, dinitial
+
+
+def _group_backward(
+    scan: Scan,
     grad_final: Tensor | None,
     final_state: Tensor | None,
     x: Tensor,
@@ -382,13 +418,8 @@ def backward(
     dx: Tensor,
     dB: Tensor,
     dC: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write dx, dB and dC; returns the gradients of dt, A and the initial state, as ``Scan.end_backward`` does.
-
-    grad_final, final_state: None if nothing depends on the final state. states: None if there are none.
-    """
-    plan, work = decays.plan, decays.dt.dtype
-    scan = Scan(decays, x.shape[3], B.shape[2])
+) -> None:
+    plan, work = scan.plan, scan.like.dtype
     scan.begin_backward(grad_final)
     next_state = None if final_state is None else final_state.permute(0, 3, 1, 2).flatten(2)
     read = [t.split(plan.block_tokens, 1) for t in (x, B, C, dy, y)]
@@ -403,7 +434,6 @@ def backward(
         for gradient, result in zip(dB_dC, results, strict=True):
             gradient.copy_(result)
         next_state = None if block_states is None else block_states[:, block.in_scan_order[0]]
-    return scan.end_backward()
 
 
 def gradient_shape(tensor: Tensor | None) -> tuple[int, ...]:

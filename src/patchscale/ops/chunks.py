@@ -56,8 +56,12 @@ class Plan(NamedTuple):
     place: Tensor  # (token,): where it stands in ``padded``, flattened
     chunk_of: Tensor  # (token,)
     factor_range: Tensor  # (chunk,): the log-decay up to which factors serve
-    order: Tensor  # (chunk,): their numbers in scan order; on the CPU, as ``starts``
-    starts: Tensor  # (chunks + 1,): the places in the scan where they start, and its length
+    starts: Tensor  # (chunks + 1,), on the CPU: the places in the scan where they start, and its length
+    samples: int  # of a batch at a time
+
+    def groups(self, batch: int) -> list[slice]:
+        """Of samples, in so large a batch."""
+        return [slice(s, min(s + self.samples, batch)) for s in range(0, batch, self.samples)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -66,6 +70,7 @@ def plan(
     reverse: bool,
     suffix: int,
     chunk_size: int,
+    samples: int,
     chunks_per_block: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -123,8 +128,8 @@ def plan(
         place[:length].to(device),
         chunk_of.to(device),
         torch.tensor([_factor_range(e - s, dtype) for s, e in bounds], device=device),
-        torch.tensor(order, dtype=torch.long),
         torch.tensor([0, *itertools.accumulate(bounds[i][1] - bounds[i][0] for i in order)]),
+        samples,
     )
 
 
@@ -146,19 +151,11 @@ def is_one_chunk(length: int) -> bool:
     return len(chunk_bounds(length, False, 0, DEFAULT_CHUNK_SIZE)) == 1
 
 
-def cut(
-    x: Tensor, heads: int, headdim: int, reverse: bool, suffix: int, chunk_size: int, native: bool
-) -> tuple[Plan, list[slice]]:
-    """The plan of (batch, length, ...) tokens, and groups of samples: so many that a block of them fits the cache.
-
-    native: groups have a sample for each thread at least, if there are so many.
-    """
+def cut(x: Tensor, heads: int, headdim: int, reverse: bool, suffix: int, chunk_size: int) -> Plan:
+    """The plan of (batch, length, ...) tokens; a block of a group of samples fits the cache."""
     batch, length = x.shape[:2]
-    samples, chunks = group_and_block(batch, length, heads * headdim, chunk_size)
-    if native:
-        samples = max(samples, torch.get_num_threads())
-    the_plan = plan(length, reverse, suffix, chunk_size, chunks, work_dtype(x), x.device)
-    return the_plan, [slice(s, min(s + samples, batch)) for s in range(0, batch, samples)]
+    sizes = group_and_block(batch, length, heads * headdim, chunk_size)
+    return plan(length, reverse, suffix, chunk_size, *sizes, work_dtype(x), x.device)
 
 
 def group_and_block(batch: int, length: int, width: int, chunk_size: int) -> tuple[int, int]:

@@ -5,17 +5,15 @@ in plain PyTorch (`mixer_blocks.py`), in C++ (`native/`) or in Triton (`triton/`
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from patchscale.errors import UserError
-from patchscale.ops import chunked
+from patchscale.ops import chunked, mixer_blocks
 from patchscale.ops.chunks import DEFAULT_CHUNK_SIZE, chunk_bounds, cut, group_and_block, is_stateless, work_dtype
-from patchscale.ops.decays import Decays
 from patchscale.ops.dispatch import choose_implementation
-from patchscale.ops.mixer_blocks import Blocks, Parameters, Sizes
-from patchscale.ops.native.mixer import NativeMixer
+from patchscale.ops.mixer_blocks import Parameters, Sizes
+from patchscale.ops.native import mixer as native_mixer
 from patchscale.ops.reference import mix_tokens_reference
 
 
@@ -126,37 +124,27 @@ def _mix_tokens(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Out, the final state, and with ``keep`` the scan's output and the states at chunk boundaries (else empty)."""
-    projected = projected.contiguous() if native else projected
-    batch, length, _ = projected.shape
-    sizes = Sizes(conv_weight, A, norm_weight)
-    work = work_dtype(projected)
-    plan, groups = cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size, native)
-    stateless = is_stateless(plan.chunks, initial_state, want_final)
-    out = projected.new_empty(batch, length, sizes.d_inner)
-    kept_chunks = plan.chunks if keep and not stateless else 0
+    sizes, work = Sizes(conv_weight, A, norm_weight), work_dtype(projected)
+    plan = cut(projected, *sizes.by_head, reverse, suffix, chunk_size)
+    out = projected.new_empty(*projected.shape[:2], sizes.d_inner)
+    kept_chunks = plan.chunks if keep and not is_stateless(plan.chunks, initial_state, want_final) else 0
     final_state, ys, states = (
         projected.new_empty(shape, dtype=work)
         for shape in _kept_shapes(projected, sizes, kept_chunks, want_final, keep)
     )
     with torch.autocast(projected.device.type, enabled=False):
-        parameters = Parameters(conv_weight.to(work), conv_bias.to(work), D.to(work), norm_weight.to(work), eps)
-        mixer = (NativeMixer if native else Blocks)(sizes, parameters)
-        for group in groups:
-            z, xBC, dt = sizes.split(projected[group])
-            decays = Decays(F.softplus(dt.to(work) + dt_bias.to(work)), A.to(work), plan, stateless)
-            final = mixer.forward(
-                decays,
-                _history(history, group, xBC, sizes.width),
-                None if initial_state is None else initial_state[group].to(work),
-                want_final,
-                z,
-                xBC,
-                ys[group] if keep else None,
-                states[group] if kept_chunks else None,
-                out[group],
-            )
-            if final is not None:
-                final_state[group] = final
+        (native_mixer if native else mixer_blocks).forward(
+            sizes,
+            Parameters(*(t.to(work) for t in (conv_weight, conv_bias, dt_bias, A, D, norm_weight)), eps),
+            plan,
+            projected,
+            _history(history, projected, sizes),
+            None if initial_state is None else initial_state.to(work),
+            out,
+            final_state if want_final else None,
+            ys if keep else None,
+            states if kept_chunks else None,
+        )
     return out, final_state, ys, states
 
 
@@ -170,11 +158,11 @@ def _kept_shapes(projected: Tensor, sizes: Sizes, chunks: int, want_final: bool,
     ]
 
 
-def _history(history: Tensor | None, group: slice, xBC: Tensor, width: int) -> Tensor:
-    """(samples in the group, width - 1, conv_dim), zeros for None."""
+def _history(history: Tensor | None, projected: Tensor, sizes: Sizes) -> Tensor:
+    """(batch, width - 1, conv_dim), zeros for None."""
     if history is None:
-        return xBC.new_zeros(xBC.shape[0], width - 1, xBC.shape[2])
-    return history[group].to(xBC.dtype)
+        return projected.new_zeros(projected.shape[0], sizes.width - 1, sizes.conv_dim)
+    return history.to(projected.dtype)
 
 
 @_mix_tokens.register_fake
@@ -212,65 +200,29 @@ def _mix_tokens_backward(
     native: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first nine tensors of the forward, each in its dtype (empty for an absent one)."""
-    projected = projected.contiguous() if native else projected
     sizes, work = Sizes(conv_weight, A, norm_weight), work_dtype(projected)
-    plan, groups = cut(projected, sizes.heads, sizes.headdim, reverse, suffix, chunk_size, native)
-    stateless = is_stateless(plan.chunks, initial_state, final_state.ndim > 1)
+    plan = cut(projected, *sizes.by_head, reverse, suffix, chunk_size)
+    want_final = final_state.ndim > 1
     dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=work, device=projected.device)
-
-    dtaps, dconv_bias = zeros(sizes.conv_dim, sizes.width), zeros(sizes.conv_dim)
-    ddt_bias, dA = zeros(sizes.heads), zeros(sizes.heads)
-    dnorm_weight, dD = zeros(sizes.d_inner), zeros(sizes.heads)
-    dhistory = zeros(*chunked.gradient_shape(history))
-    dinitial = zeros(*chunked.gradient_shape(initial_state))
     with torch.autocast(projected.device.type, enabled=False):
-        parameters = Parameters(conv_weight.to(work), conv_bias.to(work), D.to(work), norm_weight.to(work), eps)
-        mixer = (NativeMixer if native else Blocks)(sizes, parameters)
-        work_dt_bias = dt_bias.to(work)
-        for group in groups:
-            z, xBC, dt = sizes.split(projected[group])
-            dz, dxBC, ddt = sizes.split(dprojected[group])
-            steps = dt.to(work) + work_dt_bias
-            decays = Decays(F.softplus(steps), A.to(work), plan, stateless)
-            gradients = mixer.backward(
-                decays,
-                _history(history, group, xBC, sizes.width),
-                initial_state is not None,
-                None if grad_final is None else grad_final[group].to(work),
-                None if grad_final is None else final_state[group],
-                z,
-                xBC,
-                ys[group],
-                None if stateless else states[group],
-                grad_out[group],
-                dz,
-                dxBC,
-            )
-            dA += gradients.A
-            dtaps += gradients.taps
-            dconv_bias += gradients.conv_bias
-            dD += gradients.D
-            dnorm_weight += gradients.norm_weight
-            if history is not None:
-                dhistory[group] = gradients.history
-            if initial_state is not None:
-                dinitial[group] = gradients.initial_state
-            dsteps = gradients.dt.mul_(torch.sigmoid(steps))
-            ddt_bias += dsteps.sum((0, 1))
-            ddt.copy_(dsteps)
-    return (
-        dprojected,
-        dtaps.to(conv_weight.dtype),
-        dconv_bias.to(conv_bias.dtype),
-        ddt_bias.to(dt_bias.dtype),
-        dA.to(A.dtype),
-        dD.to(D.dtype),
-        dnorm_weight.to(norm_weight.dtype),
-        dhistory if history is None else dhistory.to(history.dtype),
-        dinitial if initial_state is None else dinitial.to(initial_state.dtype),
+        gradients = (native_mixer if native else mixer_blocks).backward(
+            sizes,
+            Parameters(*(t.to(work) for t in (conv_weight, conv_bias, dt_bias, A, D, norm_weight)), eps),
+            plan,
+            projected,
+            _history(history, projected, sizes),
+            initial_state,
+            None if grad_final is None else grad_final.to(work).contiguous(),
+            None if grad_final is None else final_state,
+            ys,
+            None if is_stateless(plan.chunks, initial_state, want_final) else states,
+            grad_out,
+            dprojected,
+        )
+    given = conv_weight, conv_bias, dt_bias, A, D, norm_weight, history, initial_state
+    return dprojected, *(
+        projected.new_empty(0, dtype=work) if tensor is None else gradient.to(tensor.dtype)
+        for tensor, gradient in zip(given, gradients, strict=True)
     )
 
 

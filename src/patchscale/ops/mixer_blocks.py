@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchscale.ops import chunked
+from patchscale.ops.chunks import Plan, is_stateless
 from patchscale.ops.conv import convolve, convolve_backward, gradients_of_window, tokens_before_next, window_of
 from patchscale.ops.decays import Decays
 
@@ -37,54 +38,108 @@ class Sizes:
 
 
 class Parameters(NamedTuple):
-    """Of the convolution, the skip and the norm, in the working precision."""
+    """Of the convolution, the scan and the norm, in the working precision."""
 
     taps: Tensor  # (conv_dim, width)
     conv_bias: Tensor
+    dt_bias: Tensor
+    A: Tensor
     D: Tensor
     norm_weight: Tensor
     eps: float
 
 
 class Gradients(NamedTuple):
-    """Of a group of samples."""
+    """Of all that a mixer is given but ``projected``; empty for an initial state that there is not."""
 
-    dt: Tensor  # of the step sizes, (b, length, h)
-    A: Tensor
     taps: Tensor
     conv_bias: Tensor
+    dt_bias: Tensor
+    A: Tensor
     D: Tensor
     norm_weight: Tensor
     history: Tensor
     initial_state: Tensor
 
 
+def forward(
+    sizes: Sizes,
+    parameters: Parameters,
+    plan: Plan,
+    projected: Tensor,
+    history: Tensor,
+    initial_state: Tensor | None,
+    out: Tensor,
+    final_state: Tensor | None,
+    ys: Tensor | None,
+    states: Tensor | None,
+) -> None:
+    """Write out and, where they are wanted, the final state, the scan's output and the states at chunk boundaries.
+
+    projected: (batch, length, channels). history: (batch, width - 1, conv_dim). initial_state, final_state: (batch, h,
+    p, n). out, ys: (batch, length, d_inner). states: (batch, chunks, n, h p).
+    """
+    blocks = Blocks(sizes, parameters, plan, is_stateless(plan.chunks, initial_state, final_state is not None))
+    for group in plan.groups(projected.shape[0]):
+        tensors = projected, history, initial_state, out, final_state, ys, states
+        blocks.forward(*(t if t is None else t[group] for t in tensors))
+
+
+def backward(
+    sizes: Sizes,
+    parameters: Parameters,
+    plan: Plan,
+    projected: Tensor,
+    history: Tensor,
+    initial_state: Tensor | None,
+    grad_final: Tensor | None,
+    final_state: Tensor | None,
+    ys: Tensor,
+    states: Tensor | None,
+    dout: Tensor,
+    dprojected: Tensor,
+) -> Gradients:
+    """Write dprojected; arguments as above, and grad_final as final_state, None if nothing depends on it.
+
+    final_state: None if it was not wanted. states: None if there are none.
+    """
+    blocks = Blocks(sizes, parameters, plan, states is None)
+    dhistory = torch.empty_like(history, dtype=ys.dtype)
+    dinitial = ys.new_empty(chunked.gradient_shape(initial_state))
+    totals = [torch.zeros_like(t) for t in parameters[:-1]]
+    for group in plan.groups(projected.shape[0]):
+        tensors = projected, history, grad_final, final_state, ys, states, dout, dprojected
+        gradients = blocks.backward(*(t if t is None else t[group] for t in tensors))
+        for total, gradient in zip(totals, gradients, strict=False):
+            total += gradient
+        dhistory[group] = gradients.history
+        if initial_state is not None:
+            dinitial[group] = gradients.initial_state
+    return Gradients(*totals, dhistory, dinitial)
+
+
 class Blocks:
     """The work on groups of samples, a block of tokens at a time."""
 
-    def __init__(self, sizes: Sizes, parameters: Parameters) -> None:
-        self.sizes, self.parameters = sizes, parameters
+    def __init__(self, sizes: Sizes, parameters: Parameters, plan: Plan, stateless: bool) -> None:
+        self.sizes, self.parameters, self.plan, self.stateless = sizes, parameters, plan, stateless
         self.flipped_taps = parameters.taps.flip(1)
         self.rooms: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def forward(
         self,
-        decays: Decays,
+        projected: Tensor,
         history: Tensor,
         initial_state: Tensor | None,
-        want_final: bool,
-        z: Tensor,
-        xBC: Tensor,
+        out: Tensor,
+        final_state: Tensor | None,
         ys: Tensor | None,
         states: Tensor | None,
-        out: Tensor,
-    ) -> Tensor | None:
-        """Write out, and ys and states if they are to be kept; returns the state after the last token if wanted.
-
-        history: (b, width - 1, conv_dim). initial_state: (b, h, p, n). z, ys, out: (b, length, d_inner).
-        xBC: (b, length, conv_dim). states: (b, chunks, n, h p).
-        """
-        sizes, plan = self.sizes, decays.plan
+    ) -> None:
+        """As the function above, of a group."""
+        sizes, plan = self.sizes, self.plan
+        z, xBC, dt = sizes.split(projected)
+        decays = Decays(F.softplus(self._steps(dt)), self.parameters.A, plan, self.stateless)
         scan = chunked.Scan(decays, sizes.headdim, sizes.d_state)
         if initial_state is not None:
             scan.begin(initial_state)
@@ -98,32 +153,30 @@ class Blocks:
             x, B, C = sizes.split_conv(F.silu(self._convolve(window, block.reverse), inplace=True))
             y = self._room("y", x.shape[:2]) if kept_ys is None else kept_ys[block.place]
             block_states = None if kept_states is None else kept_states[block.place]
-            pass_on = want_final or i + 1 < len(plan.blocks)
+            pass_on = final_state is not None or i + 1 < len(plan.blocks)
             scan.forward(i, x, B, C, y.unflatten(2, sizes.by_head), block_states, pass_on)
             _, gated, scale = self._gate(y, x, zs[block.place])
             torch.mul(gated.mul_(scale), self.parameters.norm_weight, out=outs[block.place])
-        return scan.final_state() if want_final else None
+        if final_state is not None:
+            final_state.copy_(scan.final_state())
 
     def backward(
         self,
-        decays: Decays,
+        projected: Tensor,
         history: Tensor,
-        has_initial: bool,
         grad_final: Tensor | None,
         final_state: Tensor | None,
-        z: Tensor,
-        xBC: Tensor,
         ys: Tensor,
         states: Tensor | None,
         dout: Tensor,
-        dz: Tensor,
-        dxBC: Tensor,
+        dprojected: Tensor,
     ) -> Gradients:
-        """Write dz and dxBC; other arguments as above, and grad_final as final_state, None if nothing depends on it.
-
-        states: None if there are none.
-        """
-        sizes, plan, parameters = self.sizes, decays.plan, self.parameters
+        """As the function above, of a group; its gradient of the initial state means nothing if there was none."""
+        sizes, plan, parameters = self.sizes, self.plan, self.parameters
+        z, xBC, dt = sizes.split(projected)
+        dz, dxBC, ddt = sizes.split(dprojected)
+        steps = self._steps(dt)
+        decays = Decays(F.softplus(steps), parameters.A, plan, self.stateless)
         scan = chunked.Scan(decays, sizes.headdim, sizes.d_state)
         scan.begin_backward(grad_final)
         zs, xBCs, dzs, dxBCs, kept_ys, douts = (t.split(plan.block_tokens, 1) for t in (z, xBC, dz, dxBC, ys, dout))
@@ -163,9 +216,15 @@ class Blocks:
             dconv_bias += dblock_bias
             dblock, dafter = gradients_of_window(dwindow, dafter, block.reverse)
             dxBCs[block.place].copy_(dblock)
-        ddt, dA, dinitial = scan.end_backward()
+        gradient, dA, dinitial = scan.end_backward()
+        dsteps = gradient.mul_(torch.sigmoid(steps))
+        ddt.copy_(dsteps)
         dD = dD.view(sizes.by_head).sum(1)
-        return Gradients(ddt, dA, dtaps, dconv_bias, dD, dnorm_weight, dafter, dinitial)
+        return Gradients(dtaps, dconv_bias, dsteps.sum((0, 1)), dA, dD, dnorm_weight, dafter, dinitial)
+
+    def _steps(self, dt: Tensor) -> Tensor:
+        """Before softplus, (b, length, h)."""
+        return dt.to(self.parameters.dt_bias.dtype) + self.parameters.dt_bias
 
     def _room(self, name: str, tokens: tuple[int, ...], channels: int | None = None) -> Tensor:
         """(*tokens, d_inner or channels), the same memory whenever asked: what was just in use is in the cache."""

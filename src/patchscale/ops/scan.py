@@ -7,7 +7,6 @@ from torch.utils.flop_counter import register_flop_formula
 from patchscale.errors import UserError
 from patchscale.ops import chunked
 from patchscale.ops.chunks import DEFAULT_CHUNK_SIZE, chunk_bounds, cut, is_stateless, work_dtype
-from patchscale.ops.decays import Decays
 from patchscale.ops.dispatch import choose_implementation
 from patchscale.ops.native import scan as native_scan
 from patchscale.ops.reference import ssd_scan_reference
@@ -120,21 +119,24 @@ def _ssd_scan(
     _, _, heads, headdim = x.shape
     work = work_dtype(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    plan, groups = cut(x, heads, headdim, reverse, suffix, chunk_size, native)
-    stateless = is_stateless(plan.chunks, initial_state, want_final)
+    plan = cut(x, heads, headdim, reverse, suffix, chunk_size)
     final_state = torch.empty(_final_shape(x, B, want_final), dtype=work, device=x.device)
+    stateless = is_stateless(plan.chunks, initial_state, want_final)
     kept_chunks = plan.chunks if keep_states and not stateless else 0
     states = torch.empty(_states_shape(x, B, kept_chunks), dtype=work, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
-        for group in groups:
-            decays = Decays(dt[group].to(work), A.to(work), plan, stateless)
-            initial = None if initial_state is None else initial_state[group].to(work)
-            group_states = states[group] if kept_chunks else None
-            implementation = native_scan if native else chunked
-            read = x[group], B[group], C[group]
-            final = implementation.forward(decays, initial, want_final, *read, y[group], group_states)
-            if final is not None:
-                final_state[group] = final
+        (native_scan if native else chunked).forward(
+            plan,
+            x,
+            dt.to(work),
+            A.to(work),
+            B,
+            C,
+            None if initial_state is None else initial_state.to(work),
+            y,
+            final_state if want_final else None,
+            states if kept_chunks else None,
+        )
     return y, final_state, states
 
 
@@ -181,30 +183,29 @@ def _ssd_scan_backward(
     """Gradients of x, dt, A, B, C and initial_state, each in its tensor's dtype (empty for an absent one)."""
     work = work_dtype(x)
     _, _, heads, headdim = x.shape
-    dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
-    dA = torch.zeros(heads, dtype=work, device=x.device)
-    dinitial = torch.empty(chunked.gradient_shape(initial_state), dtype=work, device=x.device)
-    plan, groups = cut(x, heads, headdim, reverse, suffix, chunk_size, native)
-    stateless = is_stateless(plan.chunks, initial_state, final_state.ndim > 1)
+    dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, B, C))
+    plan = cut(x, heads, headdim, reverse, suffix, chunk_size)
     with torch.autocast(x.device.type, enabled=False):
-        for group in groups:
-            decays = Decays(dt[group].to(work), A.to(work), plan, stateless)
-            implementation = native_scan if native else chunked
-            ddt[group], dA_group, dinitial_group = implementation.backward(
-                decays,
-                initial_state is not None,
-                None if grad_final is None else grad_final[group].to(work),
-                None if grad_final is None else final_state[group],
-                *(t[group] for t in (x, B, C, y)),
-                None if stateless else states[group],
-                *(t[group] for t in (grad_y, dx, dB, dC)),
-            )
-            dA += dA_group
-            if initial_state is not None:
-                dinitial[group] = dinitial_group
+        ddt, dA, dinitial = (native_scan if native else chunked).backward(
+            plan,
+            x,
+            dt.to(work),
+            A.to(work),
+            B,
+            C,
+            initial_state,
+            None if grad_final is None else grad_final.to(work).contiguous(),
+            None if grad_final is None else final_state,
+            y,
+            None if is_stateless(plan.chunks, initial_state, final_state.ndim > 1) else states,
+            grad_y,
+            dx,
+            dB,
+            dC,
+        )
     return (
         dx,
-        ddt,
+        ddt.to(dt.dtype),
         dA.to(A.dtype),
         dB,
         dC,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from patchscale.ops import native
-from patchscale.ops.native.calls import Kernels
+from patchscale.ops.native import calls
 
 
 @pytest.fixture(autouse=True)
@@ -16,15 +16,15 @@ def built() -> None:
 @pytest.fixture
 def ran(monkeypatch) -> list[bool]:
     """Whether each call of the kernels was a backward."""
-    calls: list[bool] = []
-    run = Kernels._run
+    backwards: list[bool] = []
+    run = calls.run
 
-    def count(self, backward, *arguments, **tensors):
-        calls.append(backward)
-        run(self, backward, *arguments, **tensors)
+    def count(backward, *arguments, **tensors):
+        backwards.append(backward)
+        run(backward, *arguments, **tensors)
 
-    monkeypatch.setattr(Kernels, "_run", count)
-    return calls
+    monkeypatch.setattr(calls, "run", count)
+    return backwards
 
 
 @pytest.fixture(params=[1, 2, 3])

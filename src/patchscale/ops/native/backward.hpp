@@ -41,7 +41,7 @@ void gate_backward(const Call& p, const Chunk& chunk, const Worker& w, const Row
 
 // A group of panels, back through a chunk: gradients of x and of G, and this group's part of those of B, C and M.
 void scan_panels_backward(
-    const Call& p, const Chunk& chunk, const Chunk* next, const Worker& w, const Rows& y, const Rows& dy, bool reads,
+    const Call& p, const Chunk& chunk, const Worker& w, const Rows& y, const Rows& dy, bool reads, bool passes,
     long first_panel, long last_panel
 ) {
     const Sizes s(p);
@@ -49,10 +49,6 @@ void scan_panels_backward(
     const float *act = w.shared.act, *B = act + s.width, *C = B + s.n;
     const long panels = last_panel - first_panel, rows = (chunk.size + 3) / 4 * 4, rows_panel = s.rows * PANEL,
                state_panel = s.n * PANEL;
-    const Rows read = chunk.heads(p, p.read), write_dt = chunk.heads(p, p.write_dt);
-    const Rows along_x = chunk.heads(p, p.along_x), along_y = chunk.heads(p, p.along_y);
-    const bool passes = next || p.has_final;
-    const long following = next ? next->number : p.chunks;
     auto states_of = [&](long number, long panel) {
         return p.states + ((chunk.sample * p.chunks + number) * s.panels + panel) * state_panel;
     };
@@ -61,25 +57,25 @@ void scan_panels_backward(
         float *written = own.written + place * rows_panel, *dP = own.read + place * rows_panel;
         float* dS = own.dS + place * state_panel;
         const float *x = act + PANEL * panel, *dy_panel = dy.at + PANEL * panel, *y_panel = y.at + PANEL * panel;
-        float* dG = p.state ? p.state + (chunk.sample * s.panels + panel) * state_panel : nullptr;
-        scale_panel(p, panel, chunk.size, write_dt, x, s.conv_dim, written, PANEL);
-        scale_panel(p, panel, chunk.size, read, dy_panel, dy.row, dP, PANEL);
+        float* dG = w.shared.state + panel * state_panel;
+        scale_panel(p, panel, chunk.size, own.write_dt, x, s.conv_dim, written, PANEL);
+        scale_panel(p, panel, chunk.size, own.read_by, dy_panel, dy.row, dP, PANEL);
         for (long t = chunk.size; t < rows; t++) {
             std::memset(written + t * PANEL, 0, sizeof(float) * PANEL);
             std::memset(dP + t * PANEL, 0, sizeof(float) * PANEL);
         }
         if (passes) {
-            const long kept = (chunk.sample * s.panels + panel) * state_panel;
-            const float* G_next = next ? states_of(following, panel) : p.final_state + kept;
-            float* along = p.along_states + (chunk.sample * p.chunks + chunk.number) * p.heads;
+            const bool is_last = chunk.number + 1 == p.chunks;
+            const float* G_next =
+                is_last ? w.shared.final_state + panel * state_panel : states_of(chunk.number + 1, panel);
             for (long c = 0; c < PANEL; c += 16) {
                 vec total = {};
                 for (long i = 0; i < s.n; i++)
                     for (long v = c; v < c + 16; v += LANES)
                         total += load(dG + i * PANEL + v) * load(G_next + i * PANEL + v);
-                along[(PANEL * panel + c) / p.headdim] += sum(total);
+                own.along_states[(PANEL * panel + c) / p.headdim] += sum(total);
             }
-            enter(p, chunk.sample, following, panel, dG, dS);
+            enter(p, own, panel, dG, dS);
         }
         if (reads) {
             if (passes) std::memcpy(dG, dS, sizeof(float) * state_panel);
@@ -102,10 +98,10 @@ void scan_panels_backward(
                     const vec d = load(dwritten + v);
                     with_x += d * load(x_t + v);
                     with_y += load(dy_t + v) * load(y_t + v);
-                    store(dx + v, d * write_dt[t][head]);
+                    store(dx + v, d * own.write_dt[t * p.heads + head]);
                 }
-                along_x[t][head] = sum(with_x);
-                along_y[t][head] = sum(with_y);
+                own.along_x[t * p.heads + head] = sum(with_x);
+                own.along_y[t * p.heads + head] = sum(with_y);
             }
             if (p.D) {
                 float* dD = p.dD + w.number * s.width + PANEL * panel;
@@ -117,7 +113,7 @@ void scan_panels_backward(
             }
         }
         for (long head = PANEL * panel / p.headdim; head < PANEL * (panel + 1) / p.headdim; head++)
-            if (is_strong(p, chunk, head))
+            if (own.strong[head])
                 StrongHead(p, chunk, w, head)
                     .backward(
                         dy, reads ? states_of(chunk.number, panel) : nullptr, passes ? dS : nullptr, dG, w.shared.dact
@@ -142,17 +138,30 @@ void scan_panels_backward(
     }
 }
 
+// The panels of a thread: it goes through them in groups.
+struct Share {
+    long rounds, groups, panels;
+    Share(const Sizes& s, const Worker& w)
+        : rounds((s.panels + GROUP * w.size - 1) / (GROUP * w.size)), groups(rounds * w.size), panels(s.panels) {}
+    long first(long group) const { return panels * group / groups; }
+};
+
+template <typename Element>
 void scan_chunk_backward(
-    const Call& p, const Chunk& chunk, const Chunk* next, const Worker& w, const Rows& y, const Rows& dy, bool reads
+    const Call& p, const Chunk& chunk, const Worker& w, const Rows& y, const Rows& dy, bool reads, bool passes
 ) {
     const Sizes s(p);
+    const Share share(s, w);
     const Own& own = w.own();
     std::memset(own.dM, 0, sizeof(float) * s.rows * s.pitch);
     std::memset(own.dB, 0, sizeof(float) * s.rows * s.n);
     std::memset(own.dC, 0, sizeof(float) * s.rows * s.n);
-    const long rounds = (s.panels + GROUP * w.size - 1) / (GROUP * w.size), groups = rounds * w.size;
-    for (long g = w.rank * rounds; g < (w.rank + 1) * rounds; g++)
-        scan_panels_backward(p, chunk, next, w, y, dy, reads, s.panels * g / groups, s.panels * (g + 1) / groups);
+    std::memset(own.along_states, 0, sizeof(float) * p.heads);
+    const long begin = w.rank * share.rounds, end = begin + share.rounds;
+    for (long group = begin; group < end; group++)
+        scan_panels_backward(p, chunk, w, y, dy, reads, passes, share.first(group), share.first(group + 1));
+    const long heads = PANEL / p.headdim;  // of a panel
+    give_back_decays<Element>(p, chunk, w, heads * share.first(begin), heads * share.first(end));
 }
 
 // The gradients of B and C of a chunk, from all threads' parts of them and of M.
@@ -260,24 +269,41 @@ void give_back(const Call& p, const Chunk& chunk, const Worker& w) {
 template <typename Element>
 void backward_sample(const Call& p, long sample, const Worker& w) {
     const Sizes s(p);
+    const Own& own = w.own();
+    const long first = w.first(s.panels), last = w.last(s.panels), panel_size = s.n * PANEL;
     const long carried = std::max<long>(p.taps - 1, 0) * s.conv_dim;
     if (w.rank == 0) std::memset(w.shared.carry, 0, sizeof(float) * carried);
+    for (long panel = first; panel < last; panel++) {
+        read_panel(p, sample, panel, p.grad_final, w.shared.state + panel * panel_size);
+        if (p.grad_final) read_panel(p, sample, panel, p.final_state, w.shared.final_state + panel * panel_size);
+    }
+    std::fill_n(own.middle_after, p.heads, 0.0);
     for (long i = p.chunks - 1; i >= 0; i--) {
-        const Chunk chunk(p, sample, i), after(p, sample, std::min<long>(i + 1, p.chunks - 1));
-        const Chunk* next = i + 1 < p.chunks ? &after : nullptr;
+        const Chunk chunk(p, sample, i);
         const Rows y = chunk.rows<float>(p.y);
         const Rows dy = p.z.at ? Rows{w.shared.dy, s.width} : chunk.rows<float>(p.dout);
+        work_out_decays<Element>(p, chunk, w, true);
+        factors_between(p, own.left, own.middle_after, own);
+        std::swap_ranges(own.middle_after, own.middle_after + p.heads, own.middle);
         prepare<Element>(p, chunk, w, true);
         w.meet();
         multiply_tokens(p, chunk, w);
         if (p.z.at) gate_backward<Element>(p, chunk, w, y);
         w.meet();
-        scan_chunk_backward(p, chunk, next, w, y, dy, i > 0 || p.has_initial);
+        scan_chunk_backward<Element>(p, chunk, w, y, dy, i > 0 || p.initial_state, i + 1 < p.chunks || p.grad_final);
         w.meet();
         if (w.rank == 0) finish_B_and_C(p, chunk, w);
         w.meet();
         give_back<Element>(p, chunk, w);
         w.meet();
+    }
+    if (!p.dinitial_state) return;
+    std::fill_n(own.left, p.heads, 0.0);
+    factors_between(p, own.left, own.middle_after, own);
+    for (long panel = first; panel < last; panel++) {
+        float* state = w.shared.state + panel * panel_size;
+        enter(p, own, panel, state, state);
+        write_panel(p, sample, panel, state, p.dinitial_state);
     }
 }
 

@@ -34,31 +34,26 @@ using Rows = RowsOf<float>;
 
 // What a call reads and writes; calls.py fills it, field by field. A pointer may be null where that is said.
 struct Call {
-    int64_t batch, length, body, reverse, heads, headdim, d_state, taps, chunks, longest, threads;
-    int64_t in_bfloat16;             // x, z, out, dout, dz, dx and history; what is float32 otherwise, like all else
-    int64_t has_initial, has_final;  // whether a state enters, and whether one leaves (or its gradient comes back)
+    int64_t batch, body, reverse, heads, headdim, d_state, taps, chunks, longest, threads;
+    int64_t in_bfloat16;  // x, z, dt, out, their gradients and history; what is float32 otherwise, like all else
     double eps;
-    const int64_t *starts, *numbers;  // of chunks in scan order: first place, and where it stands among them
-    Tensor3 x, B, C, z;  // x: x, B and C as they enter the convolution, if there is one; z: null without a gate
+    const int64_t* starts;  // of chunks in scan order: first place; and the length
+    Tensor3 x, B, C, z;     // x: x, B and C as they enter the convolution, if there is one; z: null without a gate
+    Tensor3 dt;             // (batch, length, heads): step sizes; with a dt_bias, before it and softplus
+    const float *dt_bias, *A;              // (heads,); dt_bias may be null
     const float *conv_weight, *conv_bias;  // (taps, conv_dim), (conv_dim,)
     const void* history;                   // (batch, taps - 1, conv_dim)
     const float *D, *norm_weight;          // (width,), one number for each channel
-    const float *read, *write_dt;          // (batch, length, heads)
-    const float *enter, *enter_rest;       // (batch, chunks + 1, heads); the second may be null
-    // Heads that have no factors in a chunk, (chunks, heads), null if none: see pairwise.hpp
-    const uint8_t* strong;
-    const double* cs;  // (batch, length, heads), as dt
-    const float* dt;
-    float* state;    // (batch, panels, d_state, 64): S, or the gradient of G
-    float* states;   // (batch, chunks, panels, d_state, 64): G; null if not kept
+    const float* initial_state;            // (batch, heads, headdim, d_state), or null: zero
+    float* final_state;                    // the same; null if not wanted
+    float* states;   // (batch, chunks, panels, d_state, 64): G, chunks in scan order; null if not kept
     Tensor3 y, out;  // y: null if not kept
     // The backward's
-    const float* final_state;  // like state: H after the last chunk
-    Tensor3 dout, dz, dx, dB, dC;
-    float *along_x, *along_y, *along_states;  // (batch, length, heads) twice, (batch, chunks, heads)
-    float *strong_ddt, *strong_dlog_decay;    // (batch, length, heads), of the heads without factors
-    // For each worker: of conv_weight, conv_bias, norm_weight, D; and of the history
-    float *dconv_weight, *dconv_bias, *dnorm_weight, *dD, *dhistory;
+    const float* grad_final;  // like final_state, which is read then; null if nothing comes back
+    float* dinitial_state;    // null if there is no initial state
+    Tensor3 dout, dz, dx, dB, dC, ddt;
+    // For each worker: of conv_weight, conv_bias, dt_bias, A, norm_weight and D; and, for all, of the history
+    float *dconv_weight, *dconv_bias, *ddt_bias, *dA, *dnorm_weight, *dD, *dhistory;
     float* scratch;
 };
 
@@ -80,10 +75,19 @@ struct Sizes {
 // Memory of the threads that work on a sample together, and of each of them.
 struct Shared {
     float *act, *slope, *dact, *y, *dy, *carry;
+    float *state, *final_state;  // (panels, d_state, 64): S, or the gradient of G; H after the last chunk
 };
 struct Own {
     float *B_turned, *M, *G, *written, *product, *line;
     float *read, *dS, *dM, *dB, *dC;
+    // Of the chunk's tokens and heads: step sizes and softplus's slope there, factors of decays, sums of log-decays, and
+    // what the gradients of step sizes are made of: see decays.hpp.
+    float *dt, *dt_slope, *read_by, *write_dt, *along_x, *along_y;
+    double *cs, *from_middle;
+    // Of the chunk's heads
+    float *enter, *enter_rest, *along_states;
+    double *left, *middle, *left_before, *middle_after;
+    bool* strong;
     float *decay, *decayed_M, *C_from_start, *B_to_end, *from_start, *to_end, *strong_logs, *strong_x;
     float *strong_dy, *strong_pairs, *strong_products, *strong_tokens;
 };
@@ -91,10 +95,11 @@ struct Own {
 struct Arena {
     float* at;
     long used = 0;
-    float* take(long count) {
+    template <typename Number = float>
+    Number* take(long count) {
         float* taken = at ? at + used : nullptr;
-        used += (count + 15) / 16 * 16;
-        return taken;
+        used += (count * sizeof(Number) + 63) / 64 * 16;
+        return reinterpret_cast<Number*>(taken);
     }
 };
 
@@ -102,11 +107,13 @@ Shared take_shared(Arena& arena, const Call& p, bool backward) {
     const Sizes s(p);
     Shared m{};
     m.act = arena.take(s.rows * s.conv_dim);
+    m.state = arena.take(s.state());
     if (backward) {
         m.slope = arena.take(s.rows * s.conv_dim);
         m.dact = arena.take(s.rows * s.conv_dim);
         m.dy = arena.take(s.rows * s.width);
         m.carry = arena.take(std::max<long>(p.taps - 1, 0) * s.conv_dim);
+        if (p.grad_final) m.final_state = arena.take(s.state());
     } else {
         m.y = arena.take(s.rows * s.width);
     }
@@ -115,7 +122,7 @@ Shared take_shared(Arena& arena, const Call& p, bool backward) {
 
 Own take_own(Arena& arena, const Call& p, bool backward) {
     const Sizes s(p);
-    const long panels = backward ? GROUP : 1;
+    const long panels = backward ? GROUP : 1, numbers = s.rows * p.heads;
     Own m{};
     m.B_turned = arena.take(s.n * s.pitch);
     m.M = arena.take(s.rows * s.pitch);
@@ -123,20 +130,24 @@ Own take_own(Arena& arena, const Call& p, bool backward) {
     m.written = arena.take(panels * s.rows * PANEL);
     m.product = arena.take(s.rows * PANEL);
     m.line = arena.take(3 * s.width);
+    for (float** each : {&m.dt, &m.read_by, &m.write_dt}) *each = arena.take(numbers);
+    for (double** each : {&m.cs, &m.from_middle}) *each = arena.take<double>(numbers);
+    for (float** each : {&m.enter, &m.enter_rest}) *each = arena.take(p.heads);
+    for (double** each : {&m.left, &m.middle, &m.left_before, &m.middle_after}) *each = arena.take<double>(p.heads);
+    m.strong = arena.take<bool>(p.heads);
     if (backward) {
         m.read = arena.take(panels * s.rows * PANEL);
         m.dS = arena.take(panels * s.n * PANEL);
         m.dM = arena.take(s.rows * s.pitch);
         m.dB = arena.take(s.rows * s.n);
         m.dC = arena.take(s.rows * s.n);
+        for (float** each : {&m.dt_slope, &m.along_x, &m.along_y}) *each = arena.take(numbers);
+        m.along_states = arena.take(p.heads);
     }
-    if (p.strong) {
-        for (float** pairs : {&m.decay, &m.decayed_M, &m.strong_pairs}) *pairs = arena.take(s.rows * s.pitch);
-        for (float** rows : {&m.strong_x, &m.strong_dy}) *rows = arena.take(s.rows * PANEL);
-        for (float** rows : {&m.C_from_start, &m.B_to_end, &m.strong_products}) *rows = arena.take(s.rows * s.n);
-        for (float** tokens : {&m.from_start, &m.to_end, &m.strong_logs, &m.strong_tokens})
-            *tokens = arena.take(s.pitch);
-    }
+    for (float** pairs : {&m.decay, &m.decayed_M, &m.strong_pairs}) *pairs = arena.take(s.rows * s.pitch);
+    for (float** rows : {&m.strong_x, &m.strong_dy}) *rows = arena.take(s.rows * PANEL);
+    for (float** rows : {&m.C_from_start, &m.B_to_end, &m.strong_products}) *rows = arena.take(s.rows * s.n);
+    for (float** tokens : {&m.from_start, &m.to_end, &m.strong_logs, &m.strong_tokens}) *tokens = arena.take(s.pitch);
     return m;
 }
 
@@ -159,13 +170,14 @@ struct Worker {
 };
 
 struct Chunk {
-    long sample, start, size, number, token, step;
+    long sample, number, start, size, token, step;
 
-    Chunk(const Call& p, long sample, long i)
+    // number: in scan order
+    Chunk(const Call& p, long sample, long number)
         : sample(sample),
-          start(p.starts[i]),
-          size(p.starts[i + 1] - p.starts[i]),
-          number(p.numbers[i]) {
+          number(number),
+          start(p.starts[number]),
+          size(p.starts[number + 1] - start) {
         const bool from_right = p.reverse && start < p.body;
         token = from_right ? p.body - 1 - start : start;
         step = from_right ? -1 : 1;
@@ -173,9 +185,6 @@ struct Chunk {
     template <typename Element>
     RowsOf<Element> rows(const Tensor3& t) const {
         return {static_cast<Element*>(t.at) + sample * t.batch + token * t.row, step * t.row};
-    }
-    Rows heads(const Call& p, const float* values) const {
-        return {const_cast<float*>(values) + (sample * p.length + token) * p.heads, step * long(p.heads)};
     }
 };
 

@@ -6,27 +6,11 @@
 #include <cstring>
 
 #include "call.hpp"
+#include "decays.hpp"
 #include "pairwise.hpp"
 #include "vectors.hpp"
 
 namespace {
-
-const float* enter_factors(const Call& p, const float* factors, long sample, long number) {
-    return factors + (sample * (p.chunks + 1) + number) * p.heads;
-}
-
-// to = from, times what is left of it on the way into the chunk of that number; [d_state][64] of one panel.
-void enter(const Call& p, long sample, long number, long panel, const float* from, float* to) {
-    const Sizes s(p);
-    for (long c = 0; c < PANEL; c += 16) {
-        const long head = (PANEL * panel + c) / p.headdim;
-        const float factor = enter_factors(p, p.enter, sample, number)[head];
-        const float rest = p.enter_rest ? enter_factors(p, p.enter_rest, sample, number)[head] : 1.0f;
-        for (long i = 0; i < s.n; i++)
-            for (long v = c; v < c + 16; v += LANES)
-                store(to + i * PANEL + v, load(from + i * PANEL + v) * factor * rest);
-    }
-}
 
 // A token by its place in the scan, before the convolution; places before the first are the history's.
 template <typename Element>
@@ -103,11 +87,11 @@ void multiply_tokens(const Call& p, const Chunk& chunk, const Worker& w) {
 
 // to = factor * from for a panel of a chunk: factors by token and head, to by rows of 64.
 void scale_panel(
-    const Call& p, long panel, long rows, const Rows& factors, const float* from, long from_row, float* to, long to_row
+    const Call& p, long panel, long rows, const float* factors, const float* from, long from_row, float* to, long to_row
 ) {
     for (long t = 0; t < rows; t++)
         for (long c = 0; c < PANEL; c += 16) {
-            const float factor = factors[t][(PANEL * panel + c) / p.headdim];
+            const float factor = factors[t * p.heads + (PANEL * panel + c) / p.headdim];
             for (long v = c; v < c + 16; v += LANES) store(to + t * to_row + v, load(from + t * from_row + v) * factor);
         }
 }
@@ -117,25 +101,23 @@ void scan_chunk(const Call& p, const Chunk& chunk, const Worker& w, const Rows& 
     const Own& own = w.own();
     const float *act = w.shared.act, *B = act + s.width, *C = B + s.n;
     for (long panel = w.first(s.panels); panel < w.last(s.panels); panel++) {
-        float* state = p.state ? p.state + (chunk.sample * s.panels + panel) * s.n * PANEL : nullptr;
+        float* state = w.shared.state + panel * s.n * PANEL;
         float* G = own.G;
         if (p.states) G = p.states + ((chunk.sample * p.chunks + chunk.number) * s.panels + panel) * s.n * PANEL;
-        if (reads) enter(p, chunk.sample, chunk.number, panel, state, G);
-        scale_panel(
-            p, panel, chunk.size, chunk.heads(p, p.write_dt), act + PANEL * panel, s.conv_dim, own.written, PANEL
-        );
+        if (reads) enter(p, own, panel, state, G);
+        scale_panel(p, panel, chunk.size, own.write_dt, act + PANEL * panel, s.conv_dim, own.written, PANEL);
         const Factors with_states = {C, s.conv_dim, 1, G, PANEL, 0, s.n};
         const Factors with_tokens = {own.M, s.pitch, 1, own.written, PANEL, 0, chunk.size};
         const Factors parts[] = {reads ? with_states : with_tokens, with_tokens};
         product(chunk.size, PANEL, parts, reads ? 2 : 1, Steps::up_to_row, own.product, PANEL);
-        scale_panel(p, panel, chunk.size, chunk.heads(p, p.read), own.product, PANEL, y.at + PANEL * panel, y.row);
+        scale_panel(p, panel, chunk.size, own.read_by, own.product, PANEL, y.at + PANEL * panel, y.row);
         if (passes) {
             if (reads) std::memcpy(state, G, sizeof(float) * s.n * PANEL);
             const Factors entering[] = {{B, 1, s.conv_dim, own.written, PANEL, 0, chunk.size}};
             product(s.n, PANEL, entering, 1, Steps::all, state, PANEL, reads);
         }
         for (long head = PANEL * panel / p.headdim; head < PANEL * (panel + 1) / p.headdim; head++)
-            if (is_strong(p, chunk, head)) StrongHead(p, chunk, w, head).forward(y, G, state, reads, passes);
+            if (own.strong[head]) StrongHead(p, chunk, w, head).forward(y, G, state, reads, passes);
     }
 }
 
@@ -162,16 +144,31 @@ void gate(const Call& p, const Chunk& chunk, const Worker& w, const Rows& y) {
 template <typename Element>
 void forward_sample(const Call& p, long sample, const Worker& w) {
     const Sizes s(p);
+    const Own& own = w.own();
+    const long first = w.first(s.panels), last = w.last(s.panels);
+    auto state_of = [&](long panel) { return w.shared.state + panel * s.n * PANEL; };
+    for (long panel = first; panel < last; panel++) read_panel(p, sample, panel, p.initial_state, state_of(panel));
+    std::fill_n(own.left_before, p.heads, 0.0);
     for (long i = 0; i < p.chunks; i++) {
         const Chunk chunk(p, sample, i);
         const Rows y = p.y.at ? chunk.rows<float>(p.y) : Rows{w.shared.y, s.width};
+        work_out_decays<Element>(p, chunk, w, false);
+        factors_between(p, own.left_before, own.middle, own);
+        std::swap_ranges(own.left_before, own.left_before + p.heads, own.left);
         prepare<Element>(p, chunk, w, false);
         w.meet();
         multiply_tokens(p, chunk, w);
-        scan_chunk(p, chunk, w, y, i > 0 || p.has_initial, i + 1 < p.chunks || p.has_final);
+        scan_chunk(p, chunk, w, y, i > 0 || p.initial_state, i + 1 < p.chunks || p.final_state);
         w.meet();
         if (p.z.at) gate<Element>(p, chunk, w, y);
         w.meet();
+    }
+    if (!p.final_state) return;
+    std::fill_n(own.middle, p.heads, 0.0);
+    factors_between(p, own.left_before, own.middle, own);
+    for (long panel = first; panel < last; panel++) {
+        enter(p, own, panel, state_of(panel), state_of(panel));
+        write_panel(p, sample, panel, state_of(panel), p.final_state);
     }
 }
 

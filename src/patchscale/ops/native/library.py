@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("mixer.cpp", "backward.hpp", "forward.hpp", "pairwise.hpp", "call.hpp", "vectors.hpp")
+_SOURCES = ("mixer.cpp", "backward.hpp", "forward.hpp", "decays.hpp", "pairwise.hpp", "call.hpp", "vectors.hpp")
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
 
 

@@ -1,84 +1,106 @@
 """The mixer in C++: `mixer_blocks.py`, with kernels in the place of blocks."""
 
+import torch
 from torch import Tensor
 
-from patchscale.ops.decays import Decays
+from patchscale.ops import chunked
+from patchscale.ops.chunks import Plan
 from patchscale.ops.mixer_blocks import Gradients, Parameters, Sizes
-from patchscale.ops.native.calls import Kernels
+from patchscale.ops.native import calls
 
 
-class NativeMixer:
-    """The work on groups of samples; arguments and results are those of ``mixer_blocks.Blocks``.
+def forward(
+    sizes: Sizes,
+    parameters: Parameters,
+    plan: Plan,
+    projected: Tensor,
+    history: Tensor,
+    initial_state: Tensor | None,
+    out: Tensor,
+    final_state: Tensor | None,
+    ys: Tensor | None,
+    states: Tensor | None,
+) -> None:
+    """See ``mixer_blocks.forward``; states are kept in an order that only the kernels read."""
+    given = _given(sizes, parameters, projected, history, initial_state)
+    _run(False, sizes, parameters, plan, **given, out=out, final_state=final_state, y=ys, states=states)
 
-    States are kept in an order that only this class reads.
-    """
 
-    def __init__(self, sizes: Sizes, parameters: Parameters) -> None:
-        self.sizes, self.eps = sizes, parameters.eps
-        self.tensors = {
-            "conv_weight": parameters.taps.t().contiguous(),
-            "conv_bias": parameters.conv_bias.contiguous(),
-            "D": parameters.D.repeat_interleave(sizes.headdim),
-            "norm_weight": parameters.norm_weight.contiguous(),
-        }
-
-    def forward(
-        self,
-        decays: Decays,
-        history: Tensor,
-        initial_state: Tensor | None,
-        want_final: bool,
-        z: Tensor,
-        xBC: Tensor,
-        ys: Tensor | None,
-        states: Tensor | None,
-        out: Tensor,
-    ) -> Tensor | None:
-        return self._kernels(decays).forward(
-            initial_state, want_final, states, history=history.contiguous(), x=xBC, z=z, y=ys, out=out, **self.tensors
+def backward(
+    sizes: Sizes,
+    parameters: Parameters,
+    plan: Plan,
+    projected: Tensor,
+    history: Tensor,
+    initial_state: Tensor | None,
+    grad_final: Tensor | None,
+    final_state: Tensor | None,
+    ys: Tensor,
+    states: Tensor | None,
+    dout: Tensor,
+    dprojected: Tensor,
+) -> Gradients:
+    """See ``mixer_blocks.backward``."""
+    dz, dxBC, ddt = sizes.split(dprojected)
+    dhistory = ys.new_empty(history.shape)
+    dinitial = ys.new_empty(chunked.gradient_shape(initial_state))
+    # What each thread adds to
+    dtaps, dconv_bias, ddt_bias, dA, dD, dnorm_weight = (
+        ys.new_zeros(torch.get_num_threads(), *shape)
+        for shape in (
+            (sizes.width, sizes.conv_dim), (sizes.conv_dim,), (sizes.heads,), (sizes.heads,), sizes.by_head,
+            (sizes.d_inner,),
         )
+    )  # fmt: skip
+    _run(
+        True,
+        sizes,
+        parameters,
+        plan,
+        **_given(sizes, parameters, projected, history, initial_state),
+        grad_final=grad_final,
+        final_state=final_state,
+        y=ys,
+        states=states,
+        dout=dout if dout.stride(2) == 1 else dout.contiguous(),
+        dz=dz,
+        dx=dxBC,
+        ddt=ddt,
+        dconv_weight=dtaps,
+        dconv_bias=dconv_bias,
+        ddt_bias=ddt_bias,
+        dA=dA,
+        dD=dD,
+        dnorm_weight=dnorm_weight,
+        dhistory=dhistory,
+        dinitial_state=None if initial_state is None else dinitial,
+    )
+    dparameters = dtaps.sum(0).t().contiguous(), *(d.sum(0) for d in (dconv_bias, ddt_bias, dA)), dD.sum((0, 2)), dnorm_weight.sum(0)
+    return Gradients(*dparameters, dhistory, dinitial)
 
-    def backward(
-        self,
-        decays: Decays,
-        history: Tensor,
-        has_initial: bool,
-        grad_final: Tensor | None,
-        final_state: Tensor | None,
-        z: Tensor,
-        xBC: Tensor,
-        ys: Tensor,
-        states: Tensor | None,
-        dout: Tensor,
-        dz: Tensor,
-        dxBC: Tensor,
-    ) -> Gradients:
-        sizes, kernels = self.sizes, self._kernels(decays)
-        dtaps, dconv_bias = kernels.by_worker(sizes.width, sizes.conv_dim), kernels.by_worker(sizes.conv_dim)
-        dnorm_weight, dD = kernels.by_worker(sizes.d_inner), kernels.by_worker(sizes.d_inner)
-        dhistory = decays.dt.new_empty(history.shape)
-        ddt, dA, dinitial = kernels.backward(
-            grad_final,
-            final_state,
-            has_initial,
-            states,
-            history=history.contiguous(),
-            x=xBC,
-            z=z,
-            y=ys,
-            dout=dout if dout.stride(2) == 1 else dout.contiguous(),
-            dz=dz,
-            dx=dxBC,
-            dconv_weight=dtaps,
-            dconv_bias=dconv_bias,
-            dnorm_weight=dnorm_weight,
-            dD=dD,
-            dhistory=dhistory,
-            **self.tensors,
-        )
-        dD = dD.sum(0).view(sizes.by_head).sum(1)
-        dparameters = dtaps.sum(0).t(), dconv_bias.sum(0), dD, dnorm_weight.sum(0)
-        return Gradients(ddt, dA, *dparameters, dhistory, dinitial)
 
-    def _kernels(self, decays: Decays) -> Kernels:
-        return Kernels(decays, self.sizes.headdim, self.sizes.d_state, self.sizes.width, self.eps)
+def _given(
+    sizes: Sizes, parameters: Parameters, projected: Tensor, history: Tensor, initial_state: Tensor | None
+) -> dict[str, Tensor | None]:
+    """By their names in a Call."""
+    projected = projected if projected.stride(2) == 1 else projected.contiguous()
+    z, xBC, dt = sizes.split(projected)
+    return {
+        "x": xBC,
+        "z": z,
+        "dt": dt,
+        "dt_bias": parameters.dt_bias.contiguous(),
+        "A": parameters.A.contiguous(),
+        "conv_weight": parameters.taps.t().contiguous(),
+        "conv_bias": parameters.conv_bias.contiguous(),
+        "history": history.contiguous(),
+        "D": parameters.D.repeat_interleave(sizes.headdim),
+        "norm_weight": parameters.norm_weight.contiguous(),
+        "initial_state": None if initial_state is None else initial_state.contiguous(),
+    }
+
+
+def _run(backward: bool, sizes: Sizes, parameters: Parameters, plan: Plan, **tensors: Tensor | None) -> None:
+    calls.run(
+        backward, plan, *sizes.by_head, sizes.d_state, taps=sizes.width, eps=parameters.eps, **tensors
+    )

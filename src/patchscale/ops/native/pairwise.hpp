@@ -26,10 +26,6 @@ void decay_factors(const float* logs, float* factors, long count) {
     }
 }
 
-bool is_strong(const Call& p, const Chunk& chunk, long head) {
-    return p.strong && p.strong[chunk.number * p.heads + head];
-}
-
 // A head of a chunk, with the columns of its panel at the place that they have there, zeros beside.
 struct StrongHead {
     const Call& p;
@@ -50,9 +46,7 @@ struct StrongHead {
           C(B + s.n),
           head(head),
           column(head * p.headdim % PANEL) {
-        const RowsOf<const double> cs{
-            p.cs + (chunk.sample * p.length + chunk.token) * p.heads, chunk.step * long(p.heads)
-        };
+        const RowsOf<const double> cs{own.cs, long(p.heads)};
         const double total = cs[chunk.size - 1][head];
         float* logs = own.strong_logs;
         for (long t = 0; t < chunk.size; t++) {
@@ -67,7 +61,7 @@ struct StrongHead {
         scale_tokens([&](long t) { return cs[t][head]; }, C, own.from_start, own.C_from_start);
         scale_tokens([&](long t) { return total - cs[t][head]; }, B, own.to_end, own.B_to_end);
         whole = own.from_start[chunk.size - 1];
-        const Rows dt = chunk.heads(p, p.dt);
+        const Rows dt{own.dt, long(p.heads)};
         copy_columns({const_cast<float*>(act) + p.headdim * head, s.conv_dim}, own.strong_x, [&](long t) {
             return dt[t][head];
         });
@@ -110,8 +104,8 @@ struct StrongHead {
                 store(to + i * PANEL + c, from ? load(from + i * PANEL + c) * whole : vec{});
     }
 
-    // Add to the gradients of x, in dact, and of B, C and M; write those of H to dG, of dt and of log-decays. dS is the
-    // gradient of H'; null where no state leaves, and G and dG where none is read.
+    // Add to the gradients of x, in dact, and of B, C and M; write those of H to dG, of dt to along_x and of log-decays
+    // to along_y. dS is the gradient of H'; null where no state leaves, and G and dG where none is read.
     void backward(const Rows& dy, const float* G, const float* dS, float* dG, float* dact) {
         copy_columns({dy.at + p.headdim * head, dy.row}, own.strong_dy, [](long) { return 1.0f; });
         const float* columns_of_dy = own.strong_dy + column;
@@ -120,7 +114,7 @@ struct StrongHead {
         const Factors from_tokens = {own.decayed_M, 1, s.pitch, columns_of_dy, PANEL, 0, chunk.size};
         const Factors parts[] = {dS ? from_state : from_tokens, from_tokens};
         product(chunk.size, p.headdim, parts, dS ? 2 : 1, Steps::from_row, own.product, PANEL);
-        const Rows dt = chunk.heads(p, p.dt), ddt = chunk.heads(p, p.strong_ddt);
+        const Rows dt{own.dt, long(p.heads)}, ddt{own.along_x, long(p.heads)};
         for (long t = 0; t < chunk.size; t++) {
             const float* x = act + t * s.conv_dim + p.headdim * head;
             float* dx = dact + t * s.conv_dim + p.headdim * head;
@@ -143,7 +137,7 @@ struct StrongHead {
     // A decay's gradient is the decay times its own gradient, and every log-decay between two tokens has it: summed
     // pair by pair, nothing cancels.
     void gradients_of_decays(const float* G, const float* dS) {
-        const Rows gradient = chunk.heads(p, p.strong_dlog_decay);
+        const Rows gradient{own.along_y, long(p.heads)};
         float *pairs = own.strong_pairs, *dtokens = own.strong_tokens;
         for (long t = 0; t < chunk.size; t++) gradient[t][head] = 0;
 

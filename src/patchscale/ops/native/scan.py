@@ -1,37 +1,40 @@
-"""The scan in C++: what `chunked.py` does for a group of samples, with kernels in the place of blocks.
+"""The scan in C++: `chunked.py`, with kernels in the place of blocks."""
 
-States are kept in an order that only this file reads.
-"""
-
+import torch
 from torch import Tensor
 
-from patchscale.ops.decays import Decays
-from patchscale.ops.native.calls import Kernels
+from patchscale.ops import chunked
+from patchscale.ops.chunks import Plan
+from patchscale.ops.native import calls
 
 
 def forward(
-    decays: Decays,
-    initial_state: Tensor | None,
-    want_final: bool,
+    plan: Plan,
     x: Tensor,
+    dt: Tensor,
+    A: Tensor,
     B: Tensor,
     C: Tensor,
+    initial_state: Tensor | None,
     y: Tensor,
+    final_state: Tensor | None,
     states: Tensor | None,
-) -> Tensor | None:
-    """See ``chunked.forward``."""
-    read = _rows(x=x, B=B, C=C)
-    return Kernels(decays, x.shape[3], B.shape[2]).forward(initial_state, want_final, states, y=y.flatten(2), **read)
+) -> None:
+    """See ``chunked.forward``; states are kept in an order that only the kernels read."""
+    given = _given(x, dt, A, B, C, initial_state)
+    calls.run(False, plan, *x.shape[2:], B.shape[2], **given, y=y.flatten(2), final_state=final_state, states=states)
 
 
 def backward(
-    decays: Decays,
-    has_initial: bool,
-    grad_final: Tensor | None,
-    final_state: Tensor | None,
+    plan: Plan,
     x: Tensor,
+    dt: Tensor,
+    A: Tensor,
     B: Tensor,
     C: Tensor,
+    initial_state: Tensor | None,
+    grad_final: Tensor | None,
+    final_state: Tensor | None,
     y: Tensor,
     states: Tensor | None,
     dy: Tensor,
@@ -40,13 +43,43 @@ def backward(
     dC: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``chunked.backward``."""
-    read = _rows(x=x, B=B, C=C, dout=dy)
-    return Kernels(decays, x.shape[3], B.shape[2]).backward(
-        grad_final, final_state, has_initial, states, y=y.flatten(2), dx=dx.flatten(2), dB=dB, dC=dC, **read
+    ddt, dA = dt.new_empty(dt.shape), dt.new_zeros(torch.get_num_threads(), *A.shape)
+    dinitial = dt.new_empty(chunked.gradient_shape(initial_state))
+    calls.run(
+        True,
+        plan,
+        *x.shape[2:],
+        B.shape[2],
+        **_given(x, dt, A, B, C, initial_state),
+        grad_final=grad_final,
+        final_state=final_state,
+        y=y.flatten(2),
+        states=states,
+        dout=_rows(dy.flatten(2)),
+        dx=dx.flatten(2),
+        dB=dB,
+        dC=dC,
+        ddt=ddt,
+        dA=dA,
+        dinitial_state=None if initial_state is None else dinitial,
     )
+    return ddt, dA.sum(0), dinitial
 
 
-def _rows(**tensors: Tensor) -> dict[str, Tensor]:
-    """(b, length, channels) each, consecutive channels: copies where they are not."""
-    flat = {name: tensor.flatten(2) for name, tensor in tensors.items()}
-    return {name: tensor if tensor.stride(2) == 1 else tensor.contiguous() for name, tensor in flat.items()}
+def _given(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None
+) -> dict[str, Tensor | None]:
+    """By their names in a Call."""
+    return {
+        "x": _rows(x.flatten(2)),
+        "B": _rows(B),
+        "C": _rows(C),
+        "dt": _rows(dt),
+        "A": A.contiguous(),
+        "initial_state": None if initial_state is None else initial_state.contiguous(),
+    }
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Its channels are consecutive: a copy where they are not."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()

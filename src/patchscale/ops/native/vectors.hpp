@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, TILE_VECTORS = 4;
@@ -21,6 +22,8 @@ constexpr long PANEL = 64;  // columns of rows that are multiplied by each other
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+typedef double dvec __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
 
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t hvec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
@@ -37,6 +40,19 @@ static inline vec load(const bfloat16* at) {
     return reinterpret_cast<vec>(__builtin_convertvector(*reinterpret_cast<const hvec*>(at), uvec) << 16);
 }
 
+static inline dvec load(const double* at) {
+    return *reinterpret_cast<const dvec*>(at);
+}
+static inline float load_number(float value) {
+    return value;
+}
+static inline float load_number(bfloat16 value) {
+    const uint32_t bits = uint32_t(value.bits) << 16;
+    float found;
+    std::memcpy(&found, &bits, sizeof found);
+    return found;
+}
+
 static inline void store(float* at, vec value) {
     *reinterpret_cast<vec*>(at) = value;
 }
@@ -47,15 +63,17 @@ static inline void store(bfloat16* at, vec value) {
     const uvec kept = value != value ? bits | 0x400000u : rounded;
     *reinterpret_cast<hvec*>(at) = __builtin_convertvector(kept >> 16, hvec);
 }
+static inline void store_number(float* at, float value) {
+    *at = value;
+}
+static inline void store_number(bfloat16* at, float value) {
+    bfloat16 all[LANES];
+    store(all, vec{} + value);
+    *at = all[0];
+}
 
-// Cephes' expf: a polynomial for exp(r), |r| <= ln(2)/2, and the power of two. NaN stays NaN.
-static inline vec exp(vec x) {
-    x = x < -87.3f ? vec{} - 87.3f : x;
-    x = x > 88.0f ? vec{} + 88.0f : x;
-    const vec halves = x * 1.44269504088896341f;
-    const ivec power = __builtin_convertvector(halves + (halves < 0.0f ? vec{} - 0.5f : vec{} + 0.5f), ivec);
-    const vec whole = __builtin_convertvector(power, vec);
-    const vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+// exp(r) 2^power, |r| <= ln(2)/2: the polynomial of Cephes' expf. NaN stays NaN.
+static inline vec exp_of_parts(vec r, ivec power) {
     vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
@@ -64,8 +82,39 @@ static inline vec exp(vec x) {
     return (p * r * r + r + 1.0f) * reinterpret_cast<vec>((power + 127) << 23);
 }
 
+static inline vec exp(vec x) {
+    x = x < -87.3f ? vec{} - 87.3f : x;
+    x = x > 88.0f ? vec{} + 88.0f : x;
+    const vec halves = x * 1.44269504088896341f;
+    const ivec power = __builtin_convertvector(halves + (halves < 0.0f ? vec{} - 0.5f : vec{} + 0.5f), ivec);
+    const vec whole = __builtin_convertvector(power, vec);
+    return exp_of_parts(x - whole * 0.693359375f + whole * 2.12194440e-4f, power);
+}
+
+// Of a float64, to the last digits of a float32; |x| <= 87.
+static inline vec exp(dvec x) {
+    const dvec halves = x * 1.44269504088896341;
+    const ivec power = __builtin_convertvector(halves + (halves < 0.0 ? dvec{} - 0.5 : dvec{} + 0.5), ivec);
+    const dvec whole = __builtin_convertvector(power, dvec);
+    return exp_of_parts(__builtin_convertvector(x - whole * 0.693147180559945309, vec), power);
+}
+
 static inline vec sigmoid(vec x) {
     return 1.0f / (1.0f + exp(-x));
+}
+
+// log(1 + exp(x)) = max(x, 0) + 2 artanh(u / (2 + u)) with u = exp(-|x|), by artanh's series: to the last digits also
+// where it is next to nothing.
+static inline vec softplus(vec x) {
+    const vec u = exp(x < 0.0f ? x : -x), s = u / (2.0f + u), square = s * s;
+    vec series = square / 15 + 1.0f / 13;
+    series = series * square + 1.0f / 11;
+    series = series * square + 1.0f / 9;
+    series = series * square + 1.0f / 7;
+    series = series * square + 1.0f / 5;
+    series = series * square + 1.0f / 3;
+    series = series * square + 1.0f;
+    return (x < 0.0f ? vec{} : x) + 2.0f * s * series;
 }
 
 // Elements of a, then of b, by constant places: the one builtin that the two compilers do not share.
