@@ -98,6 +98,26 @@ def test_values_and_gradients(length, reverse, dtype, tolerance, tolerance_of_su
             assert_near(value, expected[name], tolerance_of_sums if name in SUMS else tolerance, name)
 
 
+# The definition in the order of the scan, in which nothing is moved, reversed or last.
+@pytest.mark.parametrize("absent", [(), ("history", "initial_state")])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("length", "suffix"), [(1, 0), (2, 0), (2, 1), (3, 1), (65, 1), (66, 0), (67, 2), (197, 1)])
+def test_heading_token(length, suffix, reverse, absent, assert_near):
+    inputs = {k: v for k, v in draw(length, seed=length).items() if k not in absent}
+    tokens = list(range(length - 1))
+    body = tokens[: length - 1 - suffix]
+    order = [length - 1, *(body[::-1] if reverse else body), *tokens[len(body) :]]
+
+    def in_order(projected, **others):
+        out, state = mix_tokens_reference(projected[:, order], **others)
+        return out[:, [order.index(t) for t in tokens]], state
+
+    expected = mix_and_gradients(in_order, inputs)
+    for mix in (mixed, truth):
+        for name, value in mix(inputs, reverse=reverse, suffix=suffix, heading=True).items():
+            assert_near(value, expected[name], 1e-10, name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("length", [577, 1157])
@@ -220,21 +240,23 @@ def test_two_halves_with_state_and_history_passed_on_are_one(assert_near, length
 def test_samples_and_blocks_do_not_mix(elements, reverse, monkeypatch, assert_near):
     monkeypatch.setattr("patchscale.ops.chunks._BLOCK_ELEMENTS", elements)
     inputs = draw(300, batch=1 if elements > 2 * 64 * 12 else 3)
-    expected = truth(inputs, reverse=reverse, suffix=1)
-    for name, value in mixed(inputs, reverse=reverse, suffix=1).items():
+    options = {"reverse": reverse, "suffix": 1, "heading": True}
+    expected = truth(inputs, **options)
+    for name, value in mixed(inputs, **options).items():
         assert_near(value, expected[name], 1e-10, name)
 
 
+@pytest.mark.parametrize("heading", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("length", [1, 65, 150])
-def test_every_element_is_written(length, reverse):
+@pytest.mark.parametrize("length", [2, 65, 150])
+def test_every_element_is_written(length, reverse, heading):
     torch.use_deterministic_algorithms(True)  # fills what torch leaves uninitialised with NaN
     try:
         assert torch.empty(3).isnan().all()
-        result = mixed(draw(length), reverse=reverse, suffix=1)
-        only_out = draw(length)
-        leaves = {k: v.requires_grad_() for k, v in only_out.items()}
-        mix_tokens(**leaves, reverse=reverse, suffix=1)[0].sum().backward()
+        options = {"reverse": reverse, "suffix": 1, "heading": heading}
+        result = mixed(draw(length), **options)
+        leaves = {k: v.requires_grad_() for k, v in draw(length).items()}
+        mix_tokens(**leaves, **options)[0].sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
     for name, value in (result | {k: v.grad for k, v in leaves.items()}).items():
@@ -274,19 +296,20 @@ def test_dtypes():
 @pytest.mark.parametrize("absent", [(), ("history", "initial_state")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("want_final", [True, False])
-def test_custom_op_keeps_pytorchs_rules(dtype, absent, want_final):
+@pytest.mark.parametrize("heading", [True, False])
+def test_custom_op_keeps_pytorchs_rules(dtype, absent, want_final, heading):
     inputs = draw(9, dtype=dtype)
     tensors = [None if k in absent else inputs[k].requires_grad_() for k in NAMES]
-    torch.library.opcheck(
-        torch.ops.patchscale.mix_tokens.default, (*tensors, True, 1, 1e-5, 4, False, want_final, True)
-    )
+    options = True, 1, heading, 1e-5, 4, False, want_final, True
+    torch.library.opcheck(torch.ops.patchscale.mix_tokens.default, (*tensors, *options))
 
 
 def test_compiled_whole(assert_near):
     inputs = draw(70)
     compiled = torch.compile(mix_tokens, fullgraph=True, backend="aot_eager")
-    expected = mixed(inputs, reverse=True, suffix=1)
-    actual = mix_and_gradients(compiled, inputs, reverse=True, suffix=1, final_state=True)
+    options = {"reverse": True, "suffix": 1, "heading": True}
+    expected = mixed(inputs, **options)
+    actual = mix_and_gradients(compiled, inputs, **options, final_state=True)
     for name, value in actual.items():
         assert_near(value, expected[name], 1e-12, name)
 
@@ -300,6 +323,18 @@ def test_flop_counter_sees_what_the_scan_costs():
     tokens, products, inside, states = 2 * 192, 64 * 16, 64 * 32, 32 * 16
     assert forward.get_total_flops() == 2 * tokens * (products + inside + 2 * states)
     assert backward.get_total_flops() == 2 * tokens * (3 * products + 2 * inside + 4 * states)
+
+
+def test_flop_counter_sees_the_heading_token():
+    inputs = {k: v.requires_grad_() for k, v in draw(193, heads=4, headdim=8, d_state=16).items()}
+    with FlopCounterMode(display=False) as forward:
+        out, _ = mix_tokens(**inputs, heading=True)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    pairs, states = 2 * (192 * 64 + 1), 2 * 193 * 32 * 16
+    products, inside = pairs * 16, pairs * 32
+    assert forward.get_total_flops() == 2 * (products + inside + 2 * states)
+    assert backward.get_total_flops() == 2 * (3 * products + 2 * inside + 4 * states)
 
 
 @pytest.mark.parametrize("shape", [(0, 9), (2, 0)])
@@ -335,8 +370,18 @@ def test_tensors_that_do_not_fit_are_named(name, shape, words):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"suffix": 10}, "suffix is 10"), ({"suffix": -1}, "suffix is -1"), ({"implementation": "cuda!"}, "'cuda!'")],
+    [
+        ({"suffix": 10}, "suffix is 10"),
+        ({"suffix": -1}, "suffix is -1"),
+        ({"suffix": 9, "heading": True}, "suffix is 9, expected 0 to the length, less the heading token, 8"),
+        ({"implementation": "cuda!"}, "'cuda!'"),
+    ],
 )
 def test_options_out_of_range_are_named(options, words):
     with pytest.raises(UserError, match=words):
         mix_tokens(**draw(9), **options)
+
+
+def test_no_heading_token_to_be_had():
+    with pytest.raises(UserError, match="no tokens"):
+        mix_tokens(**draw(0), heading=True)

@@ -86,8 +86,12 @@ class Mamba2Mixer(nn.Module):
             if _streams(u):
                 return torch.cat([self._forward_chunk(group) for group in u.split(_samples_at_a_time(u))])
             return self._forward_chunk(u)
-        # in_proj is linear: the projection of the mean is the mean of the projections.
-        history, state = self._heading(self.in_proj(u.mean(1, keepdim=True)))
+        mean = u.mean(1, keepdim=True)
+        if u.device.type == "cpu" and not _streams(u):
+            # One product, and one gradient of its weight, in place of two.
+            out, _ = self._mix(self.in_proj(torch.cat([u, mean], dim=1)), reverse=self.reverse, suffix=1, heading=True)
+            return self.out_proj(out)
+        history, state = self._heading(self.in_proj(mean))
         if _streams(u):
             return self._stream(u, history, state, self.reverse, suffix=1)
         out, _ = self._mix(self.in_proj(u), history, state, self.reverse, suffix=1)
@@ -97,7 +101,7 @@ class Mamba2Mixer(nn.Module):
         """The same without any state: the mean token first, the others after it in scan order."""
         in_scan_order = self._reverse_patches(u)
         projected = self.in_proj(torch.cat([u.mean(1, keepdim=True), in_scan_order], dim=1))
-        out, _ = self._mix(projected, None, None, reverse=False)
+        out, _ = self._mix(projected)
         return self._reverse_patches(self.out_proj(out[:, 1:]))
 
     def _reverse_patches(self, u: Tensor) -> Tensor:
@@ -159,10 +163,11 @@ class Mamba2Mixer(nn.Module):
     def _mix(
         self,
         projected: Tensor,
-        history: Tensor | None,
-        state: Tensor | None,
-        reverse: bool,
+        history: Tensor | None = None,
+        state: Tensor | None = None,
+        reverse: bool = False,
         suffix: int = 0,
+        heading: bool = False,
         final: bool = False,
     ) -> tuple[Tensor, Any]:
         return mix_tokens(
@@ -177,6 +182,7 @@ class Mamba2Mixer(nn.Module):
             initial_state=state,
             reverse=reverse,
             suffix=suffix,
+            heading=heading,
             eps=NORM_EPS,
             final_state=final,
         )

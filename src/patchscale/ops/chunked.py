@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from patchscale.ops import pairwise
-from patchscale.ops.chunks import Block, Plan, chunk_bounds, is_stateless
+from patchscale.ops.chunks import Block, Plan, chunk_bounds, is_stateless, take
 from patchscale.ops.decays import Decays
 
 
@@ -396,8 +396,7 @@ def backward(
     ddt, dA, dinitial = torch.empty_like(dt), torch.zeros_like(A), dt.new_empty(gradient_shape(initial_state))
     for group in plan.groups(x.shape[0]):
         scan = Scan(Decays(dt[group], A, plan, states is None), x.shape[3], B.shape[2])
-        tensors = grad_final, final_state, x, B, C, y, states, dy, dx, dB, dC
-        _group_backward(scan, *(t if t is None else t[group] for t in tensors))
+        _group_backward(scan, *take(group, grad_final, final_state, x, B, C, y, states, dy, dx, dB, dC))
         ddt[group], dA_group, dinitial_group = scan.end_backward()
         dA += dA_group
         if initial_state is not None:
@@ -441,14 +440,21 @@ def gradient_shape(tensor: Tensor | None) -> tuple[int, ...]:
 
 
 def matrix_flops(
-    x_shape: Sequence[int], d_state: int, reverse: bool, suffix: int, chunk_size: int, initial: Any, want_final: bool
+    x_shape: Sequence[int],
+    d_state: int,
+    reverse: bool,
+    suffix: int,
+    chunk_size: int,
+    initial: Any,
+    want_final: bool,
+    heading: bool = False,
 ) -> tuple[int, int, int]:
     """FLOPs of the chunks' products: C B^T (all heads at once), scores times x, and a pass over the states.
 
     initial: None if there is no initial state.
     """
     batch, length, heads, headdim = x_shape
-    bounds = chunk_bounds(length, reverse, suffix, chunk_size)
+    bounds = chunk_bounds(length, reverse, suffix, chunk_size, heading)
     pairs = batch * sum((stop - start) ** 2 for start, stop in bounds)
     states = 0 if is_stateless(len(bounds), initial, want_final) else 2 * batch * length * heads * headdim * d_state
     return 2 * pairs * d_state, 2 * pairs * heads * headdim, states

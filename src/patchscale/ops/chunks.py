@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Block(NamedTuple):
     place: int  # among the blocks, counted as tokens stand
     first: int  # its first chunk's number, likewise
     reverse: bool
+    heading: bool  # whether it is the token that stands last and is scanned first, see ``mix_tokens``
     seen: Tensor  # (t, s): 1 where s is not after t in scan order, else 0
     unseen: Tensor  # the opposite, as truth values
 
@@ -47,6 +48,7 @@ class Plan(NamedTuple):
 
     reverse: bool  # whether tokens are scanned from the right,
     body: int  # as far as these are concerned
+    heading: bool  # whether the last token is scanned first
     chunks: int
     blocks: tuple[Block, ...]  # in scan order
     block_tokens: tuple[int, ...]  # how many tokens and chunks the blocks have, as tokens stand
@@ -59,6 +61,11 @@ class Plan(NamedTuple):
     starts: Tensor  # (chunks + 1,), on the CPU: the places in the scan where they start, and its length
     samples: int  # of a batch at a time
 
+    @property
+    def tokens_with_output(self) -> tuple[int, ...]:
+        """Of the blocks, as tokens stand."""
+        return self.block_tokens[:-1] if self.heading else self.block_tokens
+
     def groups(self, batch: int) -> list[slice]:
         """Of samples, in so large a batch."""
         return [slice(s, min(s + self.samples, batch)) for s in range(0, batch, self.samples)]
@@ -69,18 +76,21 @@ def plan(
     length: int,
     reverse: bool,
     suffix: int,
+    heading: bool,
     chunk_size: int,
     samples: int,
     chunks_per_block: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Plan:
-    """Cut a sequence; a suffix that follows a reversed body has chunks of its own."""
-    bounds = chunk_bounds(length, reverse, suffix, chunk_size)
-    body = length - suffix if reverse else length
+    """Cut a sequence; a suffix that follows a reversed body has chunks of its own, as has a heading token."""
+    bounds = chunk_bounds(length, reverse, suffix, chunk_size, heading)
+    body = length - heading - suffix if reverse else length - heading
     from_right = [reverse and stop <= body for _, stop in bounds]
+    first = len(bounds) - 1 if heading else None
     order = [i for i in reversed(range(len(bounds))) if from_right[i]]
-    order += [i for i in range(len(bounds)) if not from_right[i]]
+    order += [i for i in range(len(bounds)) if not from_right[i] and i != first]
+    order = order if first is None else [first, *order]
     preceding = torch.empty(len(bounds) + 1, dtype=torch.long)
     for i, j in itertools.pairwise([len(bounds), *order, len(bounds)]):
         preceding[j] = i
@@ -98,7 +108,11 @@ def plan(
     for i in order:
         size = bounds[i][1] - bounds[i][0]
         last = runs[-1] if runs else []
-        alike = last and (bounds[last[0]][1] - bounds[last[0]][0], from_right[last[0]]) == (size, from_right[i])
+        alike = (
+            last
+            and last[0] != first
+            and (bounds[last[0]][1] - bounds[last[0]][0], from_right[last[0]]) == (size, from_right[i])
+        )
         if alike and len(last) < chunks_per_block:
             last.append(i)
         else:
@@ -107,18 +121,19 @@ def plan(
     blocks = []
     places = {first: place for place, first in enumerate(sorted(min(run) for run in runs))}
     for run in runs:
-        first, right = min(run), from_right[run[0]]
-        size = bounds[first][1] - bounds[first][0]
+        least, right = min(run), from_right[run[0]]
+        size = bounds[least][1] - bounds[least][0]
         if (size, right) not in seen:
             ones = torch.ones(size, size, dtype=dtype, device=device)
             seen[size, right] = ones.triu() if right else ones.tril()
         mask = seen[size, right]
-        start, stop = bounds[first][0], bounds[max(run)][1]
-        blocks.append(Block(start, stop, len(run), places[first], first, right, mask, mask == 0))
+        start, stop = bounds[least][0], bounds[max(run)][1]
+        blocks.append(Block(start, stop, len(run), places[least], least, right, run == [first], mask, mask == 0))
     standing = sorted(blocks, key=lambda block: block.start)
     return Plan(
         reverse,
         body,
+        heading,
         len(bounds),
         tuple(blocks),
         tuple(block.stop - block.start for block in standing),
@@ -133,12 +148,24 @@ def plan(
     )
 
 
-def chunk_bounds(length: int, reverse: bool, suffix: int, chunk_size: int) -> list[tuple[int, int]]:
-    """(start, stop) of the chunks: all of one size but the body's last, which takes what is left, and a suffix's."""
+def chunk_bounds(
+    length: int, reverse: bool, suffix: int, chunk_size: int, heading: bool = False
+) -> list[tuple[int, int]]:
+    """(start, stop) of the chunks: all of one size but the body's last, which takes what is left, and a suffix's.
+
+    heading: the last token is a chunk of its own.
+    """
+    if heading:
+        return [*chunk_bounds(length - 1, reverse, suffix, chunk_size), (length - 1, length)]
     body = length - suffix if reverse else length
     starts = [chunk_size * i for i in range(max(1, round(body / chunk_size)))] if body else []
     bounds = [*itertools.pairwise([*starts, body])]
     return bounds + [(s, min(s + chunk_size, length)) for s in range(body, length, chunk_size)]
+
+
+def take(samples: slice, *tensors: Tensor | None) -> list[Any]:
+    """Of those samples; None stays None."""
+    return [None if tensor is None else tensor[samples] for tensor in tensors]
 
 
 def is_stateless(chunks: int, initial_state: Tensor | None, want_final: bool) -> bool:
@@ -151,11 +178,13 @@ def is_one_chunk(length: int) -> bool:
     return len(chunk_bounds(length, False, 0, DEFAULT_CHUNK_SIZE)) == 1
 
 
-def cut(x: Tensor, heads: int, headdim: int, reverse: bool, suffix: int, chunk_size: int) -> Plan:
+def cut(
+    x: Tensor, heads: int, headdim: int, reverse: bool, suffix: int, chunk_size: int, heading: bool = False
+) -> Plan:
     """The plan of (batch, length, ...) tokens; a block of a group of samples fits the cache."""
     batch, length = x.shape[:2]
     sizes = group_and_block(batch, length, heads * headdim, chunk_size)
-    return plan(length, reverse, suffix, chunk_size, *sizes, work_dtype(x), x.device)
+    return plan(length, reverse, suffix, heading, chunk_size, *sizes, work_dtype(x), x.device)
 
 
 def group_and_block(batch: int, length: int, width: int, chunk_size: int) -> tuple[int, int]:

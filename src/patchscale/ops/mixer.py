@@ -4,6 +4,8 @@ For the backward it keeps the scan's output and the states at chunk boundaries. 
 in plain PyTorch (`mixer_blocks.py`), in C++ (`native/`) or in Triton (`triton/`).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -11,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from patchscale.errors import UserError
 from patchscale.ops import chunked, mixer_blocks
 from patchscale.ops.chunks import DEFAULT_CHUNK_SIZE, chunk_bounds, cut, group_and_block, is_stateless, work_dtype
+from patchscale.ops.conv import tokens_before_next
 from patchscale.ops.dispatch import choose_implementation
 from patchscale.ops.mixer_blocks import Parameters, Sizes
 from patchscale.ops.native import mixer as native_mixer
@@ -30,6 +33,7 @@ def mix_tokens(
     initial_state: Tensor | None = None,
     reverse: bool = False,
     suffix: int = 0,
+    heading: bool = False,
     eps: float = 1e-5,
     final_state: bool = False,
     implementation: str | None = None,
@@ -38,7 +42,8 @@ def mix_tokens(
 
     ``x, B, C = split(silu(causal_conv1d(xBC)))``, ``y = ssd_scan(x, softplus(dt + dt_bias), A, B, C, D)``,
     ``rms_norm(y * silu(z)) * norm_weight``. Scan order is left to right, or right to left with ``reverse``; the last
-    ``suffix`` tokens come last in both. Decays, states and sums are float32 at least, also under autocast.
+    ``suffix`` tokens come last in both, and a heading token first. Decays, states and sums are float32 at least, also
+    under autocast.
 
     Args:
         projected: (batch, length, 2 d_inner + 2 d_state + heads): z, x, B, C and dt, as in_proj gives them.
@@ -53,13 +58,14 @@ def mix_tokens(
         initial_state: (batch, heads, d_inner / heads, d_state); zeros if None.
         reverse: scan right to left.
         suffix: how many trailing tokens are scanned last, left to right.
+        heading: the token after these, the last of all, is scanned before all others, and has no output itself.
         eps: added to the mean square.
         final_state: whether the state after the last token is wanted.
         implementation: see :func:`patchscale.ops.dispatch.choose_implementation`.
 
     Returns:
-        (batch, length, d_inner) in the dtype of ``projected``, and the state after the last token, shaped as
-        ``initial_state``, float32 at least, or None.
+        (batch, length, d_inner), one token less with a heading token, in the dtype of ``projected``; and the state
+        after the last token, shaped as ``initial_state``, float32 at least, or None.
 
     Raises:
         UserError: shapes that do not fit, or an unknown implementation.
@@ -85,21 +91,30 @@ def mix_tokens(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise UserError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-    if not 0 <= suffix <= length:
-        raise UserError(f"suffix is {suffix}, expected 0 to the length, {length}")
+    if heading and not length:
+        raise UserError("projected has no tokens, expected a heading token at least")
+    if not 0 <= suffix <= length - heading:
+        others = ", less the heading token" if heading else ""
+        raise UserError(f"suffix is {suffix}, expected 0 to the length{others}, {length - heading}")
 
-    tensors = (projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, history, initial_state)
-    sizes = {"heads": heads, "headdim": d_inner // heads, "d_state": d_state, "taps": conv_weight.shape[1]}
-    chosen = choose_implementation(implementation, projected.device, projected.dtype, **sizes).implementation
+    parameters = conv_weight, conv_bias, dt_bias, A, D, norm_weight
+    sizes = Sizes(conv_weight, A, norm_weight)
+    of_kernels = {"heads": heads, "headdim": sizes.headdim, "d_state": d_state, "taps": sizes.width}
+    chosen = choose_implementation(implementation, projected.device, projected.dtype, **of_kernels).implementation
     if chosen == "triton":
         from patchscale.ops.triton.mixer import mix_tokens as triton_mix
 
-        out, state = triton_mix(*tensors, reverse, suffix, eps, final_state)
+        if heading:
+            projected, first = projected.split([length - 1, 1], dim=1)
+            _, initial_state = triton_mix(first, *parameters, history, initial_state, False, 0, eps, True)
+            history = tokens_before_next(sizes.split(first)[1], _history(history, first, sizes), False)
+        out, state = triton_mix(projected, *parameters, history, initial_state, reverse, suffix, eps, final_state)
     elif chosen == "reference":
-        out, state = mix_tokens_reference(*tensors, reverse, suffix, eps)
+        out, state = mix_tokens_reference(projected, *parameters, history, initial_state, reverse, suffix, heading, eps)
     else:
+        tensors = projected, *parameters, history, initial_state
         differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        options = reverse, suffix, eps, DEFAULT_CHUNK_SIZE, chosen == "native"
+        options = reverse, suffix, heading, eps, DEFAULT_CHUNK_SIZE, chosen == "native"
         out, state, _, _ = _mix_tokens(*tensors, *options, final_state, differentiated)
     return out, state if final_state else None
 
@@ -117,6 +132,7 @@ def _mix_tokens(
     initial_state: Tensor | None,
     reverse: bool,
     suffix: int,
+    heading: bool,
     eps: float,
     chunk_size: int,
     native: bool,
@@ -125,17 +141,18 @@ def _mix_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Out, the final state, and with ``keep`` the scan's output and the states at chunk boundaries (else empty)."""
     sizes, work = Sizes(conv_weight, A, norm_weight), work_dtype(projected)
-    plan = cut(projected, *sizes.by_head, reverse, suffix, chunk_size)
-    out = projected.new_empty(*projected.shape[:2], sizes.d_inner)
+    plan = cut(projected, *sizes.by_head, reverse, suffix, chunk_size, heading)
+    tensors = conv_weight, conv_bias, dt_bias, A, D, norm_weight
+    parameters = Parameters._make([*(t.to(work) for t in tensors), eps])
+    out = projected.new_empty(projected.shape[0], projected.shape[1] - heading, sizes.d_inner)
     kept_chunks = plan.chunks if keep and not is_stateless(plan.chunks, initial_state, want_final) else 0
     final_state, ys, states = (
-        projected.new_empty(shape, dtype=work)
-        for shape in _kept_shapes(projected, sizes, kept_chunks, want_final, keep)
+        projected.new_empty(shape, dtype=work) for shape in _kept_shapes(out, sizes, kept_chunks, want_final, keep)
     )
     with torch.autocast(projected.device.type, enabled=False):
         (native_mixer if native else mixer_blocks).forward(
             sizes,
-            Parameters(*(t.to(work) for t in (conv_weight, conv_bias, dt_bias, A, D, norm_weight)), eps),
+            parameters,
             plan,
             projected,
             _history(history, projected, sizes),
@@ -148,12 +165,12 @@ def _mix_tokens(
     return out, final_state, ys, states
 
 
-def _kept_shapes(projected: Tensor, sizes: Sizes, chunks: int, want_final: bool, keep: bool) -> list[tuple[int, ...]]:
+def _kept_shapes(out: Tensor, sizes: Sizes, chunks: int, want_final: bool, keep: bool) -> list[tuple[int, ...]]:
     """Of the final state, of the scan's output and of the states; empty where not wanted."""
-    batch, length, _ = projected.shape
+    batch = out.shape[0]
     return [
         (batch, sizes.heads, sizes.headdim, sizes.d_state) if want_final else (0,),
-        (batch, length, sizes.d_inner) if keep else (0,),
+        tuple(out.shape) if keep else (0,),
         (batch, chunks, sizes.d_state, sizes.d_inner),
     ]
 
@@ -168,13 +185,13 @@ def _history(history: Tensor | None, projected: Tensor, sizes: Sizes) -> Tensor:
 @_mix_tokens.register_fake
 def _(
     projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, history, initial_state,
-    reverse, suffix, eps, chunk_size, native, want_final, keep,
+    reverse, suffix, heading, eps, chunk_size, native, want_final, keep,
 ):  # fmt: skip
     sizes, work = Sizes(conv_weight, A, norm_weight), work_dtype(projected)
-    chunks = len(chunk_bounds(projected.shape[1], reverse, suffix, chunk_size))
+    chunks = len(chunk_bounds(projected.shape[1], reverse, suffix, chunk_size, heading))
     kept_chunks = chunks if keep and not is_stateless(chunks, initial_state, want_final) else 0
-    kept = [projected.new_empty(s, dtype=work) for s in _kept_shapes(projected, sizes, kept_chunks, want_final, keep)]
-    return projected.new_empty(*projected.shape[:2], sizes.d_inner), *kept
+    out = projected.new_empty(projected.shape[0], projected.shape[1] - heading, sizes.d_inner)
+    return out, *(projected.new_empty(s, dtype=work) for s in _kept_shapes(out, sizes, kept_chunks, want_final, keep))
 
 
 @torch.library.custom_op("patchscale::mix_tokens_backward", mutates_args=())
@@ -195,19 +212,22 @@ def _mix_tokens_backward(
     states: Tensor,
     reverse: bool,
     suffix: int,
+    heading: bool,
     eps: float,
     chunk_size: int,
     native: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first nine tensors of the forward, each in its dtype (empty for an absent one)."""
     sizes, work = Sizes(conv_weight, A, norm_weight), work_dtype(projected)
-    plan = cut(projected, *sizes.by_head, reverse, suffix, chunk_size)
+    plan = cut(projected, *sizes.by_head, reverse, suffix, chunk_size, heading)
+    tensors = conv_weight, conv_bias, dt_bias, A, D, norm_weight
+    parameters = Parameters._make([*(t.to(work) for t in tensors), eps])
     want_final = final_state.ndim > 1
     dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
     with torch.autocast(projected.device.type, enabled=False):
         gradients = (native_mixer if native else mixer_blocks).backward(
             sizes,
-            Parameters(*(t.to(work) for t in (conv_weight, conv_bias, dt_bias, A, D, norm_weight)), eps),
+            parameters,
             plan,
             projected,
             _history(history, projected, sizes),
@@ -219,17 +239,18 @@ def _mix_tokens_backward(
             grad_out,
             dprojected,
         )
-    given = conv_weight, conv_bias, dt_bias, A, D, norm_weight, history, initial_state
-    return dprojected, *(
+    given = *tensors, history, initial_state
+    found: Any = (
         projected.new_empty(0, dtype=work) if tensor is None else gradient.to(tensor.dtype)
         for tensor, gradient in zip(given, gradients, strict=True)
     )
+    return dprojected, *found
 
 
 @_mix_tokens_backward.register_fake
 def _(
     grad_out, grad_final, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, history, initial_state,
-    final_state, ys, states, reverse, suffix, eps, chunk_size, native,
+    final_state, ys, states, reverse, suffix, heading, eps, chunk_size, native,
 ):  # fmt: skip
     present = projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight
     work = work_dtype(projected)
@@ -243,7 +264,8 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.reverse, ctx.suffix, ctx.eps, ctx.chunk_size, ctx.native, _, _ = inputs
+    *tensors, reverse, suffix, heading, eps, chunk_size, native, _, _ = inputs
+    ctx.options = reverse, suffix, heading, eps, chunk_size, native
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.shape = output[0].shape
@@ -254,9 +276,8 @@ def _backward(ctx, grad_out, grad_final, grad_ys, grad_states):
     tensors, kept = saved[:-3], saved[-3:]
     grad_out = tensors[0].new_zeros(ctx.shape) if grad_out is None else grad_out
     grad_final = grad_final if kept[0].ndim > 1 else None
-    options = ctx.reverse, ctx.suffix, ctx.eps, ctx.chunk_size, ctx.native
-    grads = _mix_tokens_backward(grad_out, grad_final, *tensors, *kept, *options)
-    return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), *[None] * 7
+    grads = _mix_tokens_backward(grad_out, grad_final, *tensors, *kept, *ctx.options)
+    return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), *[None] * 8
 
 
 _mix_tokens.register_autograd(_backward, setup_context=_setup_context)
@@ -271,8 +292,8 @@ def _scan_flops(projected_shape, conv_shape, A_shape, norm_shape, *options) -> t
 
 @register_flop_formula(torch.ops.patchscale.mix_tokens)
 def _forward_flops(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *args, out_shape=None, **kw) -> int:
-    _, initial, reverse, suffix, _, chunk_size, _, want_final, _ = args
-    options = reverse, suffix, chunk_size, initial, want_final
+    _, initial, reverse, suffix, heading, _, chunk_size, _, want_final, _ = args
+    options = reverse, suffix, chunk_size, initial, want_final, heading
     products, inside, states = _scan_flops(projected, conv_weight, A, norm_weight, *options)
     return products + inside + 2 * states
 
@@ -281,8 +302,8 @@ def _forward_flops(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight
 def _backward_flops(
     grad_out, grad_final, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *args, out_shape=None, **kw
 ) -> int:
-    _, initial, final, _, _, reverse, suffix, _, chunk_size, _ = args
-    options = reverse, suffix, chunk_size, initial, len(final) > 1
+    _, initial, final, _, _, reverse, suffix, heading, _, chunk_size, _ = args
+    options = reverse, suffix, chunk_size, initial, len(final) > 1, heading
     products, inside, states = _scan_flops(projected, conv_weight, A, norm_weight, *options)
     return 3 * products + 2 * inside + 4 * states
 

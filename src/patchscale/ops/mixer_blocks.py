@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchscale.ops import chunked
-from patchscale.ops.chunks import Plan, is_stateless
+from patchscale.ops.chunks import Plan, is_stateless, take
 from patchscale.ops.conv import convolve, convolve_backward, gradients_of_window, tokens_before_next, window_of
 from patchscale.ops.decays import Decays
 
@@ -77,12 +77,11 @@ def forward(
     """Write out and, where they are wanted, the final state, the scan's output and the states at chunk boundaries.
 
     projected: (batch, length, channels). history: (batch, width - 1, conv_dim). initial_state, final_state: (batch, h,
-    p, n). out, ys: (batch, length, d_inner). states: (batch, chunks, n, h p).
+    p, n). out, ys: (batch, length, d_inner), less a heading token. states: (batch, chunks, n, h p).
     """
     blocks = Blocks(sizes, parameters, plan, is_stateless(plan.chunks, initial_state, final_state is not None))
     for group in plan.groups(projected.shape[0]):
-        tensors = projected, history, initial_state, out, final_state, ys, states
-        blocks.forward(*(t if t is None else t[group] for t in tensors))
+        blocks.forward(*take(group, projected, history, initial_state, out, final_state, ys, states))
 
 
 def backward(
@@ -106,16 +105,17 @@ def backward(
     blocks = Blocks(sizes, parameters, plan, states is None)
     dhistory = torch.empty_like(history, dtype=ys.dtype)
     dinitial = ys.new_empty(chunked.gradient_shape(initial_state))
-    totals = [torch.zeros_like(t) for t in parameters[:-1]]
+    *tensors, _ = parameters
+    totals = [torch.zeros_like(t) for t in tensors]
     for group in plan.groups(projected.shape[0]):
-        tensors = projected, history, grad_final, final_state, ys, states, dout, dprojected
-        gradients = blocks.backward(*(t if t is None else t[group] for t in tensors))
+        given = projected, history, grad_final, final_state, ys, states, dout, dprojected
+        gradients = blocks.backward(*take(group, *given))
         for total, gradient in zip(totals, gradients, strict=False):
             total += gradient
         dhistory[group] = gradients.history
         if initial_state is not None:
             dinitial[group] = gradients.initial_state
-    return Gradients(*totals, dhistory, dinitial)
+    return Gradients._make([*totals, dhistory, dinitial])
 
 
 class Blocks:
@@ -144,17 +144,20 @@ class Blocks:
         if initial_state is not None:
             scan.begin(initial_state)
         before = history
-        zs, xBCs, outs = (t.split(plan.block_tokens, 1) for t in (z, xBC, out))
-        kept_ys = None if ys is None else ys.split(plan.block_tokens, 1)
+        zs, xBCs = (t.split(plan.block_tokens, 1) for t in (z, xBC))
+        outs = out.split(plan.tokens_with_output, 1)
+        kept_ys = None if ys is None else ys.split(plan.tokens_with_output, 1)
         kept_states = None if states is None else states.split(plan.block_chunks, 1)
         for i, block in enumerate(plan.blocks):
             window = self._window(xBCs[block.place], before, block.reverse)
             before = tokens_before_next(xBCs[block.place], before, block.reverse)
             x, B, C = sizes.split_conv(F.silu(self._convolve(window, block.reverse), inplace=True))
-            y = self._room("y", x.shape[:2]) if kept_ys is None else kept_ys[block.place]
+            y = self._room("y", x.shape[:2]) if kept_ys is None or block.heading else kept_ys[block.place]
             block_states = None if kept_states is None else kept_states[block.place]
             pass_on = final_state is not None or i + 1 < len(plan.blocks)
             scan.forward(i, x, B, C, y.unflatten(2, sizes.by_head), block_states, pass_on)
+            if block.heading:
+                continue
             _, gated, scale = self._gate(y, x, zs[block.place])
             torch.mul(gated.mul_(scale), self.parameters.norm_weight, out=outs[block.place])
         if final_state is not None:
@@ -179,7 +182,8 @@ class Blocks:
         decays = Decays(F.softplus(steps), parameters.A, plan, self.stateless)
         scan = chunked.Scan(decays, sizes.headdim, sizes.d_state)
         scan.begin_backward(grad_final)
-        zs, xBCs, dzs, dxBCs, kept_ys, douts = (t.split(plan.block_tokens, 1) for t in (z, xBC, dz, dxBC, ys, dout))
+        zs, xBCs, dzs, dxBCs = (t.split(plan.block_tokens, 1) for t in (z, xBC, dz, dxBC))
+        kept_ys, douts = (t.split(plan.tokens_with_output, 1) for t in (ys, dout))
         kept_states = None if states is None else states.split(plan.block_chunks, 1)
         befores = [history]
         for block in plan.blocks:
@@ -196,9 +200,13 @@ class Blocks:
             pre = self._convolve(window, block.reverse)
             act, dact = (self._room(name, pre.shape[:2], sizes.conv_dim) for name in ("act", "dact"))
             x, B, C = sizes.split_conv(torch.ops.aten.silu.out(pre, out=act))
-            y, block_dout = kept_ys[block.place], douts[block.place].to(decays.dt.dtype)
-            dy, dweight = self._gate_backward(block_dout, y, x, zs[block.place], dzs[block.place])
-            dnorm_weight += dweight
+            if block.heading:  # no output depends on it
+                y = dy = self._room("gated", x.shape[:2]).zero_()
+                dzs[block.place].zero_()
+            else:
+                y, block_dout = kept_ys[block.place], douts[block.place].to(decays.dt.dtype)
+                dy, dweight = self._gate_backward(block_dout, y, x, zs[block.place], dzs[block.place])
+                dnorm_weight += dweight
             dx, dB, dC = sizes.split_conv(dact)
             dy, y = dy.view(x.shape), y.unflatten(2, sizes.by_head)
             block_states = None if kept_states is None else kept_states[block.place]
@@ -207,7 +215,7 @@ class Blocks:
                 gradient.copy_(value)
             next_state = None if block_states is None else block_states[:, block.in_scan_order[0]]
             dx.addcmul_(dy, parameters.D[:, None])
-            along_skip = torch.mul(dy, x, out=self._room("silu", block_dout.shape[:2]).view(x.shape))
+            along_skip = torch.mul(dy, x, out=self._room("silu", x.shape[:2]).view(x.shape))
             dD += along_skip.flatten(0, 1).flatten(1).sum(0)
             dpre = torch.ops.aten.silu_backward.grad_input(dact, pre, grad_input=dact)
             taps = self.flipped_taps if block.reverse else parameters.taps

@@ -74,9 +74,16 @@ def mix_tokens_reference(
     initial_state: Tensor | None = None,
     reverse: bool = False,
     suffix: int = 0,
+    heading: bool = False,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """A Mamba-2 mixer between its projections; arguments as :func:`patchscale.ops.mix_tokens`."""
+    if heading:
+        last = projected.shape[1] - 1
+        order = torch.tensor([last, *scan_order(last, reverse, suffix)], device=projected.device)
+        parameters = conv_weight, conv_bias, dt_bias, A, D, norm_weight
+        out, state = mix_tokens_reference(projected[:, order], *parameters, history, initial_state, eps=eps)
+        return out[:, order.argsort()][:, :last], state
     d_inner, heads = norm_weight.shape[0], A.shape[0]
     d_state = (conv_weight.shape[0] - d_inner) // 2
     work = torch.promote_types(projected.dtype, torch.float32)

@@ -319,9 +319,9 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
     The native mixer is counted as the plain one, which needs some MiB more.
     """
     if func is torch.ops.patchscale.mix_tokens.default:
-        tensors, backward, want_final, options = args[:9], False, args[14], args[9:13]
+        tensors, backward, want_final, options = args[:9], False, args[15], args[9:14]
     elif func is torch.ops.patchscale.mix_tokens_backward.default:
-        tensors, backward, want_final, options = args[2:11], True, args[11].ndim > 1, args[14:18]
+        tensors, backward, want_final, options = args[2:11], True, args[11].ndim > 1, args[14:19]
     else:
         return 0
     projected, conv_weight, _, _, A, _, norm_weight, _, initial_state = tensors
@@ -329,8 +329,8 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
     d_inner, heads = norm_weight.shape[0], A.shape[0]
     d_state = (conv_weight.shape[0] - d_inner) // 2
     itemsize = torch.promote_types(projected.dtype, torch.float32).itemsize
-    reverse, suffix, _, chunk_size = options
-    chunks = len(chunk_bounds(length, reverse, suffix, chunk_size))
+    reverse, suffix, heading, _, chunk_size = options
+    chunks = len(chunk_bounds(length, reverse, suffix, chunk_size, heading))
     stateless = is_stateless(chunks, initial_state, want_final)
     return workspace_bytes(batch, length, d_inner, heads, d_state, itemsize, backward, stateless)
 

@@ -19,9 +19,9 @@ def ran(monkeypatch) -> list[bool]:
     backwards: list[bool] = []
     run = calls.run
 
-    def count(backward, *arguments, **tensors):
+    def count(backward, *arguments):
         backwards.append(backward)
-        run(backward, *arguments, **tensors)
+        run(backward, *arguments)
 
     monkeypatch.setattr(calls, "run", count)
     return backwards

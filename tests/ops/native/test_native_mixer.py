@@ -70,13 +70,25 @@ def test_values_and_gradients(length, reverse, threads, ran, assert_near):
     assert set(ran) == {False, True}
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 3, 65, 66, 198])
+def test_heading_token(length, reverse, threads, ran, assert_near):
+    for batch, suffix in ((1, 3), (3, 1), (2, 0)):
+        inputs = draw(length, batch=batch, seed=length)
+        inputs["A"][0] = -30.0
+        if batch == 2:
+            del inputs["history"], inputs["initial_state"]
+        check(assert_near, inputs, reverse=reverse, suffix=min(suffix, length - 1), heading=True)
+    assert set(ran) == {False, True}
+
+
 # The same numbers in float64 are the truth: what is left is the rounding of results.
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("length", [1, 65, 197])
 def test_bfloat16_in_and_out(length, reverse, threads, ran, assert_near):
     inputs = {k: v.bfloat16() if k in ("projected", "history") else v for k, v in draw(length).items()}
-    found = and_gradients(native, inputs, reverse=reverse, suffix=1)
-    expected = truth(inputs, reverse=reverse, suffix=1)
+    options = {"reverse": reverse, "suffix": 1 if length > 1 else 0, "heading": True}
+    found, expected = and_gradients(native, inputs, **options), truth(inputs, **options)
     for name, value in found.items():
         assert_near(value, expected[name], 1e-2, name)
         leaf = name.removeprefix("grad of ")
@@ -200,17 +212,19 @@ def test_samples_of_a_batch_do_not_mix(threads, ran, assert_near):
     assert ran == [False, True]
 
 
+@pytest.mark.parametrize("heading", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("length", [1, 65, 150])
-def test_every_element_is_written(length, reverse, threads):
+@pytest.mark.parametrize("length", [2, 65, 150])
+def test_every_element_is_written(length, reverse, heading, threads):
     torch.use_deterministic_algorithms(True)  # fills what torch leaves uninitialised with NaN
     try:
         assert torch.empty(3).isnan().all()
         given = draw(length)
         given["A"][0] = -30.0
-        result = and_gradients(native, given, reverse=reverse, suffix=1)
+        options = {"reverse": reverse, "suffix": 1, "heading": heading}
+        result = and_gradients(native, given, **options)
         leaves = {k: v.requires_grad_() for k, v in draw(length).items() if k != "initial_state"}
-        mix_tokens(**leaves, reverse=reverse, suffix=1, implementation="native")[0].sum().backward()
+        mix_tokens(**leaves, **options, implementation="native")[0].sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
     for name, value in (result | {k: v.grad for k, v in leaves.items()}).items():
@@ -282,7 +296,8 @@ def test_sizes_that_do_not_fit_are_named(sizes, words):
 
 
 @pytest.mark.parametrize("want_final", [True, False])
-def test_custom_op_keeps_pytorchs_rules(want_final):
+@pytest.mark.parametrize("heading", [True, False])
+def test_custom_op_keeps_pytorchs_rules(want_final, heading):
     tensors = [tensor.requires_grad_() for tensor in draw(9).values()]
-    arguments = (*tensors, True, 1, 1e-5, 4, True, want_final, True)
+    arguments = (*tensors, True, 1, heading, 1e-5, 4, True, want_final, True)
     torch.library.opcheck(torch.ops.patchscale.mix_tokens.default, arguments)

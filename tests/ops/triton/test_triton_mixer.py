@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchscale import UserError
+from patchscale import UserError, ops
 from patchscale.ops.reference import mix_tokens_reference
 from patchscale.ops.triton.mixer import mix_tokens
 
@@ -53,7 +53,7 @@ def mix(*, reverse=False, suffix=0, want_final=True, **inputs):
 
 
 def reference(*, reverse=False, suffix=0, **inputs):
-    return mix_tokens_reference(*(inputs.get(k) for k in NAMES), reverse, suffix, 1e-5)
+    return mix_tokens_reference(*(inputs.get(k) for k in NAMES), reverse, suffix)
 
 
 def and_gradients(operator, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
@@ -93,6 +93,24 @@ def test_values_and_gradients_in_float32(length, suffix, reverse, device, assert
 def test_values_and_gradients_in_bfloat16(length, suffix, reverse, device, assert_near):
     inputs = draw(length, heads=3, dtype=torch.bfloat16, device=device, seed=length)
     check(assert_near, inputs, reverse=reverse, suffix=suffix)
+
+
+# The kernels know of none: it is scanned before they scan the others.
+@pytest.mark.parametrize("given", [NAMES, NAMES[:-2]])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_heading_token(reverse, given, device, assert_near):
+    inputs = {k: v for k, v in draw(67, device=device).items() if k in given}
+
+    def public(**leaves):
+        return ops.mix_tokens(
+            **leaves, reverse=reverse, suffix=1, heading=True, final_state=True, implementation="triton"
+        )
+
+    found = and_gradients(public, inputs)
+    cpu = {k: v.cpu().double() for k, v in inputs.items()}
+    expected = and_gradients(mix_tokens_reference, cpu, reverse=reverse, suffix=1, heading=True)
+    for name, value in found.items():
+        assert_near(value.cpu(), expected[name], 1e-5, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -39,6 +39,14 @@ void gate_backward(const Call& p, const Chunk& chunk, const Worker& w, const Row
     }
 }
 
+// The same for the heading token, on which no output depends.
+template <typename Element>
+void no_output(const Call& p, const Chunk& chunk, const Worker& w) {
+    const Sizes s(p);
+    std::memset(w.shared.dy, 0, sizeof(float) * s.width);
+    std::memset(chunk.rows<Element>(p.dz)[0], 0, sizeof(Element) * s.width);
+}
+
 // A group of panels, back through a chunk: gradients of x and of G, and this group's part of those of B, C and M.
 void scan_panels_backward(
     const Call& p, const Chunk& chunk, const Worker& w, const Rows& y, const Rows& dy, bool reads, bool passes,
@@ -142,7 +150,9 @@ void scan_panels_backward(
 struct Share {
     long rounds, groups, panels;
     Share(const Sizes& s, const Worker& w)
-        : rounds((s.panels + GROUP * w.size - 1) / (GROUP * w.size)), groups(rounds * w.size), panels(s.panels) {}
+        : rounds((s.panels + GROUP * w.size - 1) / (GROUP * w.size)),
+          groups(rounds * w.size),
+          panels(s.panels) {}
     long first(long group) const { return panels * group / groups; }
 };
 
@@ -280,15 +290,19 @@ void backward_sample(const Call& p, long sample, const Worker& w) {
     std::fill_n(own.middle_after, p.heads, 0.0);
     for (long i = p.chunks - 1; i >= 0; i--) {
         const Chunk chunk(p, sample, i);
-        const Rows y = chunk.rows<float>(p.y);
         const Rows dy = p.z.at ? Rows{w.shared.dy, s.width} : chunk.rows<float>(p.dout);
+        const Rows y = chunk.heading ? dy : chunk.rows<float>(p.y);  // both zero
         work_out_decays<Element>(p, chunk, w, true);
         factors_between(p, own.left, own.middle_after, own);
         std::swap_ranges(own.middle_after, own.middle_after + p.heads, own.middle);
         prepare<Element>(p, chunk, w, true);
         w.meet();
         multiply_tokens(p, chunk, w);
-        if (p.z.at) gate_backward<Element>(p, chunk, w, y);
+        if (chunk.heading) {
+            if (w.rank == 0) no_output<Element>(p, chunk, w);
+        } else if (p.z.at) {
+            gate_backward<Element>(p, chunk, w, y);
+        }
         w.meet();
         scan_chunk_backward<Element>(p, chunk, w, y, dy, i > 0 || p.initial_state, i + 1 < p.chunks || p.grad_final);
         w.meet();

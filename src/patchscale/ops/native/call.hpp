@@ -35,12 +35,14 @@ using Rows = RowsOf<float>;
 // What a call reads and writes; calls.py fills it, field by field. A pointer may be null where that is said.
 struct Call {
     int64_t batch, body, reverse, heads, headdim, d_state, taps, chunks, longest, threads;
+    int64_t heading;      // 1 if the token that stands last is scanned first, and has no output
+    int64_t last;         // where it stands
     int64_t in_bfloat16;  // x, z, dt, out, their gradients and history; what is float32 otherwise, like all else
     double eps;
-    const int64_t* starts;  // of chunks in scan order: first place; and the length
-    Tensor3 x, B, C, z;     // x: x, B and C as they enter the convolution, if there is one; z: null without a gate
-    Tensor3 dt;             // (batch, length, heads): step sizes; with a dt_bias, before it and softplus
-    const float *dt_bias, *A;              // (heads,); dt_bias may be null
+    const int64_t* starts;     // of chunks in scan order: first place; and the length
+    Tensor3 x, B, C, z;        // x: x, B and C as they enter the convolution, if there is one; z: null without a gate
+    Tensor3 dt;                // (batch, length, heads): step sizes; with a dt_bias, before it and softplus
+    const float *dt_bias, *A;  // (heads,); dt_bias may be null
     const float *conv_weight, *conv_bias;  // (taps, conv_dim), (conv_dim,)
     const void* history;                   // (batch, taps - 1, conv_dim)
     const float *D, *norm_weight;          // (width,), one number for each channel
@@ -80,8 +82,8 @@ struct Shared {
 struct Own {
     float *B_turned, *M, *G, *written, *product, *line;
     float *read, *dS, *dM, *dB, *dC;
-    // Of the chunk's tokens and heads: step sizes and softplus's slope there, factors of decays, sums of log-decays, and
-    // what the gradients of step sizes are made of: see decays.hpp.
+    // Of the chunk's tokens and heads: step sizes and softplus's slope there, factors of decays, sums of log-decays,
+    // and what the gradients of step sizes are made of: see decays.hpp.
     float *dt, *dt_slope, *read_by, *write_dt, *along_x, *along_y;
     double *cs, *from_middle;
     // Of the chunk's heads
@@ -169,19 +171,26 @@ struct Worker {
     }
 };
 
+// Where the token at a place in the scan stands.
+long token_at(const Call& p, long place) {
+    if (p.heading && place == 0) return p.last;
+    place -= p.heading;
+    return p.reverse && place < p.body ? p.body - 1 - place : place;
+}
+
 struct Chunk {
     long sample, number, start, size, token, step;
+    bool heading;
 
     // number: in scan order
     Chunk(const Call& p, long sample, long number)
         : sample(sample),
           number(number),
           start(p.starts[number]),
-          size(p.starts[number + 1] - start) {
-        const bool from_right = p.reverse && start < p.body;
-        token = from_right ? p.body - 1 - start : start;
-        step = from_right ? -1 : 1;
-    }
+          size(p.starts[number + 1] - start),
+          token(token_at(p, start)),
+          step(size > 1 && token_at(p, start + 1) < token ? -1 : 1),
+          heading(p.heading && number == 0) {}
     template <typename Element>
     RowsOf<Element> rows(const Tensor3& t) const {
         return {static_cast<Element*>(t.at) + sample * t.batch + token * t.row, step * t.row};

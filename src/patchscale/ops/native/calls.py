@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ class _Rows(ctypes.Structure):
 
 
 _NUMBERS = (
-    "batch", "body", "reverse", "heads", "headdim", "d_state", "taps", "chunks", "longest", "threads", "in_bfloat16",
+    "batch", "body", "reverse", "heads", "headdim", "d_state", "taps", "chunks", "longest", "threads", "heading",
+    "last", "in_bfloat16",
 )  # fmt: skip
 
 
@@ -40,35 +43,28 @@ class _Call(ctypes.Structure):
 _ARE_ROWS = {field[0] for field in _Call._fields_ if field[1] is _Rows}
 
 
-def run(
-    backward: bool,
-    plan: Plan,
-    heads: int,
-    headdim: int,
-    d_state: int,
-    *,
-    taps: int = 0,
-    eps: float = 0.0,
-    **tensors: Tensor | None,
-) -> None:
-    """Run the kernels on a batch of tokens; tensors: those of a Call, the backward's among them for a backward.
+def run(backward: bool, plan: Plan, sizes: Mapping[str, Any], tensors: Mapping[str, Tensor | None]) -> None:
+    """Run the kernels on a batch of tokens.
 
-    taps: of the convolution, 0 if there is none.
+    Args:
+        backward: or forward.
+        plan: of the tokens.
+        sizes: heads, headdim and d_state; with a convolution taps, and with a norm eps.
+        tensors: those of a Call, by name.
     """
     x = tensors["x"]
+    assert x is not None
     call = _Call(
+        **sizes,
         batch=x.shape[0],
         body=plan.body,
         reverse=plan.reverse,
-        heads=heads,
-        headdim=headdim,
-        d_state=d_state,
-        taps=taps,
         chunks=plan.chunks,
         longest=plan.padded.shape[1],
         threads=torch.get_num_threads(),
+        heading=plan.heading,
+        last=x.shape[1] - 1,
         in_bfloat16=x.dtype == torch.bfloat16,
-        eps=eps,
         starts=plan.starts.data_ptr(),
     )
     for name, tensor in tensors.items():

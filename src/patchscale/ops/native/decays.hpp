@@ -98,7 +98,8 @@ void give_back_decays(const Call& p, const Chunk& chunk, const Worker& w, long f
     }
 }
 
-// A sample's state as the caller has it, [channel][d_state], or null for zero, to and from a panel of it, [d_state][64].
+// A sample's state as the caller has it, [channel][d_state], or null for zero, to and from a panel of it,
+// [d_state][64].
 void read_panel(const Call& p, long sample, long panel, const float* states, float* to) {
     if (!states) {
         std::memset(to, 0, sizeof(float) * p.d_state * PANEL);

@@ -17,8 +17,7 @@ template <typename Element>
 const Element* entering(const Call& p, const Sizes& s, long sample, long place) {
     if (place < 0)
         return static_cast<const Element*>(p.history) + (sample * (p.taps - 1) + p.taps - 1 + place) * s.conv_dim;
-    const long token = p.reverse && place < p.body ? p.body - 1 - place : place;
-    return static_cast<const Element*>(p.x.at) + sample * p.x.batch + token * p.x.row;
+    return static_cast<const Element*>(p.x.at) + sample * p.x.batch + token_at(p, place) * p.x.row;
 }
 
 // SiLU of the convolution, and its slope if slope is not null: channels from..to of a chunk.
@@ -151,7 +150,7 @@ void forward_sample(const Call& p, long sample, const Worker& w) {
     std::fill_n(own.left_before, p.heads, 0.0);
     for (long i = 0; i < p.chunks; i++) {
         const Chunk chunk(p, sample, i);
-        const Rows y = p.y.at ? chunk.rows<float>(p.y) : Rows{w.shared.y, s.width};
+        const Rows y = p.y.at && !chunk.heading ? chunk.rows<float>(p.y) : Rows{w.shared.y, s.width};
         work_out_decays<Element>(p, chunk, w, false);
         factors_between(p, own.left_before, own.middle, own);
         std::swap_ranges(own.left_before, own.left_before + p.heads, own.left);
@@ -160,7 +159,7 @@ void forward_sample(const Call& p, long sample, const Worker& w) {
         multiply_tokens(p, chunk, w);
         scan_chunk(p, chunk, w, y, i > 0 || p.initial_state, i + 1 < p.chunks || p.final_state);
         w.meet();
-        if (p.z.at) gate<Element>(p, chunk, w, y);
+        if (p.z.at && !chunk.heading) gate<Element>(p, chunk, w, y);
         w.meet();
     }
     if (!p.final_state) return;

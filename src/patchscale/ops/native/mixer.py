@@ -22,8 +22,9 @@ def forward(
     states: Tensor | None,
 ) -> None:
     """See ``mixer_blocks.forward``; states are kept in an order that only the kernels read."""
+    written = {"out": out, "final_state": final_state, "y": ys, "states": states}
     given = _given(sizes, parameters, projected, history, initial_state)
-    _run(False, sizes, parameters, plan, **given, out=out, final_state=final_state, y=ys, states=states)
+    calls.run(False, plan, _sizes(sizes, parameters), given | written)
 
 
 def backward(
@@ -52,31 +53,46 @@ def backward(
             (sizes.d_inner,),
         )
     )  # fmt: skip
-    _run(
-        True,
-        sizes,
-        parameters,
-        plan,
-        **_given(sizes, parameters, projected, history, initial_state),
-        grad_final=grad_final,
-        final_state=final_state,
-        y=ys,
-        states=states,
-        dout=dout if dout.stride(2) == 1 else dout.contiguous(),
-        dz=dz,
-        dx=dxBC,
-        ddt=ddt,
-        dconv_weight=dtaps,
-        dconv_bias=dconv_bias,
-        ddt_bias=ddt_bias,
-        dA=dA,
-        dD=dD,
-        dnorm_weight=dnorm_weight,
-        dhistory=dhistory,
-        dinitial_state=None if initial_state is None else dinitial,
+    others = {
+        "grad_final": grad_final,
+        "final_state": final_state,
+        "y": ys,
+        "states": states,
+        "dout": dout if dout.stride(2) == 1 else dout.contiguous(),
+        "dz": dz,
+        "dx": dxBC,
+        "ddt": ddt,
+        "dconv_weight": dtaps,
+        "dconv_bias": dconv_bias,
+        "ddt_bias": ddt_bias,
+        "dA": dA,
+        "dD": dD,
+        "dnorm_weight": dnorm_weight,
+        "dhistory": dhistory,
+        "dinitial_state": None if initial_state is None else dinitial,
+    }
+    given = _given(sizes, parameters, projected, history, initial_state)
+    calls.run(True, plan, _sizes(sizes, parameters), given | others)
+    return Gradients(
+        dtaps.sum(0).t().contiguous(),
+        dconv_bias.sum(0),
+        ddt_bias.sum(0),
+        dA.sum(0),
+        dD.sum((0, 2)),
+        dnorm_weight.sum(0),
+        dhistory,
+        dinitial,
     )
-    dparameters = dtaps.sum(0).t().contiguous(), *(d.sum(0) for d in (dconv_bias, ddt_bias, dA)), dD.sum((0, 2)), dnorm_weight.sum(0)
-    return Gradients(*dparameters, dhistory, dinitial)
+
+
+def _sizes(sizes: Sizes, parameters: Parameters) -> dict[str, float]:
+    return {
+        "heads": sizes.heads,
+        "headdim": sizes.headdim,
+        "d_state": sizes.d_state,
+        "taps": sizes.width,
+        "eps": parameters.eps,
+    }
 
 
 def _given(
@@ -98,9 +114,3 @@ def _given(
         "norm_weight": parameters.norm_weight.contiguous(),
         "initial_state": None if initial_state is None else initial_state.contiguous(),
     }
-
-
-def _run(backward: bool, sizes: Sizes, parameters: Parameters, plan: Plan, **tensors: Tensor | None) -> None:
-    calls.run(
-        backward, plan, *sizes.by_head, sizes.d_state, taps=sizes.width, eps=parameters.eps, **tensors
-    )

@@ -21,8 +21,8 @@ def forward(
     states: Tensor | None,
 ) -> None:
     """See ``chunked.forward``; states are kept in an order that only the kernels read."""
-    given = _given(x, dt, A, B, C, initial_state)
-    calls.run(False, plan, *x.shape[2:], B.shape[2], **given, y=y.flatten(2), final_state=final_state, states=states)
+    written = {"y": y.flatten(2), "final_state": final_state, "states": states}
+    calls.run(False, plan, _sizes(x, B), _given(x, dt, A, B, C, initial_state) | written)
 
 
 def backward(
@@ -45,25 +45,25 @@ def backward(
     """See ``chunked.backward``."""
     ddt, dA = dt.new_empty(dt.shape), dt.new_zeros(torch.get_num_threads(), *A.shape)
     dinitial = dt.new_empty(chunked.gradient_shape(initial_state))
-    calls.run(
-        True,
-        plan,
-        *x.shape[2:],
-        B.shape[2],
-        **_given(x, dt, A, B, C, initial_state),
-        grad_final=grad_final,
-        final_state=final_state,
-        y=y.flatten(2),
-        states=states,
-        dout=_rows(dy.flatten(2)),
-        dx=dx.flatten(2),
-        dB=dB,
-        dC=dC,
-        ddt=ddt,
-        dA=dA,
-        dinitial_state=None if initial_state is None else dinitial,
-    )
+    others = {
+        "grad_final": grad_final,
+        "final_state": final_state,
+        "y": y.flatten(2),
+        "states": states,
+        "dout": _rows(dy.flatten(2)),
+        "dx": dx.flatten(2),
+        "dB": dB,
+        "dC": dC,
+        "ddt": ddt,
+        "dA": dA,
+        "dinitial_state": None if initial_state is None else dinitial,
+    }
+    calls.run(True, plan, _sizes(x, B), _given(x, dt, A, B, C, initial_state) | others)
     return ddt, dA.sum(0), dinitial
+
+
+def _sizes(x: Tensor, B: Tensor) -> dict[str, int]:
+    return {"heads": x.shape[2], "headdim": x.shape[3], "d_state": B.shape[2]}
 
 
 def _given(
