@@ -70,23 +70,41 @@ def test_every_token_sees_every_other_through_the_mean():
         assert (gradient[0].abs().sum(-1) > 0).all()
 
 
-def test_mixer_under_autocast_keeps_steps_and_decays_in_float32(monkeypatch):
+# In training on a CPU the operator scans the mean; else it is handed what the mean leaves.
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("batch", "length"), [(1, 100), (3, 150), (1, 1100)])
+def test_all_ways_of_taking_the_mean_are_one(batch, length, reverse, monkeypatch, assert_near):
+    mixer = randomised(Mamba2Mixer(8, d_state=5, headdim=4, reverse=reverse, dtype=torch.float64))
+    u = torch.randn(batch, length, 8, dtype=torch.float64, requires_grad=True)
+
+    def values() -> list[torch.Tensor]:
+        out = mixer(u)
+        return [out, *torch.autograd.grad(out.square().sum(), [u, *mixer.parameters()])]
+
+    expected = values()
+    monkeypatch.setattr("patchscale.models.block._SCAN_A_HEADING", ())
+    for actual, value in zip(values(), expected, strict=True):
+        assert_near(actual, value, 1e-11)
+    for stream in (1024, 60):
+        monkeypatch.setattr("patchscale.models.block.STREAM_TOKENS", stream)
+        with torch.inference_mode():
+            assert_near(mixer(u), expected[0], 1e-11)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_mixer_under_autocast_keeps_steps_and_decays_in_float32(grad, monkeypatch):
     seen = {}
 
     def spy(projected, conv_weight, conv_bias, dt_bias, A, *rest, **options):
-        seen.update(projected=projected.dtype, A=A.dtype)
-        if options["initial_state"] is not None:
-            seen.update(initial_state=options["initial_state"].dtype)
+        seen.update(projected=projected.dtype, A=A.dtype, initial_state=options["initial_state"].dtype)
         return mix_tokens(projected, conv_weight, conv_bias, dt_bias, A, *rest, **options)
 
     monkeypatch.setattr("patchscale.models.block.mix_tokens", spy)
-    with torch.autocast("cpu", torch.bfloat16):
-        trained = Mamba2Mixer(32)(torch.randn(2, 100, 32))
-        assert seen == {"projected": torch.bfloat16, "A": torch.float32}
-        with torch.no_grad():
-            Mamba2Mixer(32)(torch.randn(2, 100, 32))
+    monkeypatch.setattr("patchscale.models.block._SCAN_A_HEADING", ())
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+        out = Mamba2Mixer(32)(torch.randn(2, 100, 32))
     assert seen == {"projected": torch.bfloat16, "A": torch.float32, "initial_state": torch.float32}
-    assert trained.dtype == torch.bfloat16
+    assert out.dtype == torch.bfloat16
 
 
 def test_swiglu_is_its_formula(assert_near):

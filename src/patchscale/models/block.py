@@ -19,6 +19,8 @@ from patchscale.ops.sequence_parallel import BLOCK_TOKENS, SequenceGroup, decay_
 CONV_WIDTH = 4
 MLP_RATIO = 2.5
 NORM_EPS = 1e-5
+# Where the operators scan a heading token themselves; on GPUs, what it leaves is worked out before.
+_SCAN_A_HEADING = ("cpu",)
 # Inference on a CPU takes so many tokens at a time through a layer: enough for its matrix products, few for the cache.
 STREAM_TOKENS = 1024
 
@@ -87,10 +89,11 @@ class Mamba2Mixer(nn.Module):
                 return torch.cat([self._forward_chunk(group) for group in u.split(_samples_at_a_time(u))])
             return self._forward_chunk(u)
         mean = u.mean(1, keepdim=True)
-        if u.device.type == "cpu" and not _streams(u):
-            # One product, and one gradient of its weight, in place of two.
+        if u.device.type in _SCAN_A_HEADING and not _streams(u):
+            # One product, and one gradient of its weight, instead of two.
             out, _ = self._mix(self.in_proj(torch.cat([u, mean], dim=1)), reverse=self.reverse, suffix=1, heading=True)
             return self.out_proj(out)
+        # in_proj is linear: the projection of the mean is the mean of the projections.
         history, state = self._heading(self.in_proj(mean))
         if _streams(u):
             return self._stream(u, history, state, self.reverse, suffix=1)
@@ -205,7 +208,12 @@ class Mamba2Mixer(nn.Module):
 
 def _streams(u: Tensor) -> bool:
     """Whether tokens are taken some at a time."""
-    return not torch.is_grad_enabled() and u.device.type == "cpu" and not torch.compiler.is_compiling()
+    return (
+        not torch.is_grad_enabled()
+        and u.device.type == "cpu"
+        and u.shape[0] * u.shape[1] > STREAM_TOKENS
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _samples_at_a_time(u: Tensor) -> int:
