@@ -1,7 +1,7 @@
 """A Mamba-2 token mixer between its two projections: convolution, scan, skip, gate and norm in one operator.
 
-For the backward it keeps the scan's output and the states at chunk boundaries. The work on a group of samples is done
-in plain PyTorch (`mixer_blocks.py`), in C++ (`native/`) or in Triton (`triton/`).
+For the backward it keeps the scan's output and the states at chunk boundaries. The work is done in plain PyTorch
+(`mixer_blocks.py`), in C++ (`native/`) or in Triton (`triton/`).
 """
 
 from typing import Any

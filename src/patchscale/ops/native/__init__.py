@@ -1,9 +1,9 @@
 """The mixer and the scan in C++, for CPUs: optional, built when first asked for by the compiler that the machine has.
 
-`mixer.cpp` says how they work and includes the rest: `forward.hpp`, `backward.hpp`, strong decays (`pairwise.hpp`),
-what is handed over (`call.hpp`), vectors and products (`vectors.hpp`). `library.py` builds and loads them, `calls.py`
-hands tensors over, `mixer.py` and `scan.py` take the places of `mixer_blocks.py` and `chunked.py`. Importing builds
-nothing.
+`mixer.cpp` says how they work and includes the rest: `forward.hpp`, `backward.hpp`, decays (`decays.hpp`), strong ones
+(`pairwise.hpp`), what is handed over (`call.hpp`), vectors and products (`vectors.hpp`). `library.py` builds and loads
+them, `calls.py` hands tensors over, `mixer.py` and `scan.py` take the places of `mixer_blocks.py` and `chunked.py`.
+Importing builds nothing.
 """
 
 import torch
