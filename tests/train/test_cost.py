@@ -235,7 +235,9 @@ def _expected_and_made(batch, length, heads, stateless, reverse, natively):
         gradients = backward(grad, None, *given, *kept, *options)
     found.append(live.peak - sum(t.untyped_storage().nbytes() for t in gradients))
     sizes = batch, length, d_inner, heads, d_state, 4
-    return zip([mixer.workspace_bytes(*sizes, backward, stateless) for backward in (False, True)], found, strict=True)
+    order = options[:3]
+    expected = [mixer.workspace_bytes(*sizes, backward, stateless, *order) for backward in (False, True)]
+    return zip(expected, found, strict=True)
 
 
 def test_a_patch_that_does_not_divide_is_refused():

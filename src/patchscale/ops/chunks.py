@@ -85,54 +85,38 @@ def plan(
 ) -> Plan:
     """Cut a sequence; a suffix that follows a reversed body has chunks of its own, as has a heading token."""
     bounds = chunk_bounds(length, reverse, suffix, chunk_size, heading)
-    body = length - heading - suffix if reverse else length - heading
-    from_right = [reverse and stop <= body for _, stop in bounds]
-    first = len(bounds) - 1 if heading else None
-    order = [i for i in reversed(range(len(bounds))) if from_right[i]]
-    order += [i for i in range(len(bounds)) if not from_right[i] and i != first]
-    order = order if first is None else [first, *order]
+    runs = cut_into_runs(length, reverse, suffix, heading, chunk_size, chunks_per_block)
+    order = [i for run in runs for i in run.chunks]
     preceding = torch.empty(len(bounds) + 1, dtype=torch.long)
     for i, j in itertools.pairwise([len(bounds), *order, len(bounds)]):
         preceding[j] = i
 
     padded = torch.full((len(bounds), max((e - s for s, e in bounds), default=1)), length)
     chunk_of = torch.empty(length, dtype=torch.long)
-    for i, (start, stop) in enumerate(bounds):
-        tokens = torch.arange(start, stop)
-        padded[i, : stop - start] = tokens.flip(0) if from_right[i] else tokens
-        chunk_of[start:stop] = i
+    for run in runs:
+        for i in run.chunks:
+            tokens = torch.arange(*bounds[i])
+            padded[i, : run.size] = tokens.flip(0) if run.reverse else tokens
+            chunk_of[tokens] = i
     place = torch.empty(length + 1, dtype=torch.long)
     place[padded.flatten()] = torch.arange(padded.numel())
 
-    runs: list[list[int]] = []
-    for i in order:
-        size = bounds[i][1] - bounds[i][0]
-        last = runs[-1] if runs else []
-        alike = (
-            last
-            and last[0] != first
-            and (bounds[last[0]][1] - bounds[last[0]][0], from_right[last[0]]) == (size, from_right[i])
-        )
-        if alike and len(last) < chunks_per_block:
-            last.append(i)
-        else:
-            runs.append([i])
     seen: dict[tuple[int, bool], Tensor] = {}
     blocks = []
-    places = {first: place for place, first in enumerate(sorted(min(run) for run in runs))}
+    places = {first: place for place, first in enumerate(sorted(min(run.chunks) for run in runs))}
     for run in runs:
-        least, right = min(run), from_right[run[0]]
-        size = bounds[least][1] - bounds[least][0]
-        if (size, right) not in seen:
-            ones = torch.ones(size, size, dtype=dtype, device=device)
-            seen[size, right] = ones.triu() if right else ones.tril()
-        mask = seen[size, right]
-        start, stop = bounds[least][0], bounds[max(run)][1]
-        blocks.append(Block(start, stop, len(run), places[least], least, right, run == [first], mask, mask == 0))
+        first = min(run.chunks)
+        if (run.size, run.reverse) not in seen:
+            ones = torch.ones(run.size, run.size, dtype=dtype, device=device)
+            seen[run.size, run.reverse] = ones.triu() if run.reverse else ones.tril()
+        mask = seen[run.size, run.reverse]
+        start, stop = bounds[first][0], bounds[max(run.chunks)][1]
+        rest = run.reverse, run.heading, mask, mask == 0
+        blocks.append(Block(start, stop, len(run.chunks), places[first], first, *rest))
     standing = sorted(blocks, key=lambda block: block.start)
     return Plan(
         reverse,
-        body,
+        length - heading - suffix if reverse else length - heading,
         heading,
         len(bounds),
         tuple(blocks),
@@ -161,6 +145,36 @@ def chunk_bounds(
     starts = [chunk_size * i for i in range(max(1, round(body / chunk_size)))] if body else []
     bounds = [*itertools.pairwise([*starts, body])]
     return bounds + [(s, min(s + chunk_size, length)) for s in range(body, length, chunk_size)]
+
+
+class Run(NamedTuple):
+    """Chunks that are a block."""
+
+    chunks: list[int]  # their numbers, in scan order
+    size: int  # of each
+    reverse: bool
+    heading: bool
+
+
+def cut_into_runs(length: int, reverse: bool, suffix: int, heading: bool, chunk_size: int, most: int) -> list[Run]:
+    """In scan order: chunks that are alike and stand side by side, at most so many at a time."""
+    bounds = chunk_bounds(length, reverse, suffix, chunk_size, heading)
+    body = length - heading - suffix
+    from_right = [reverse and stop <= body for _, stop in bounds]
+    order = [len(bounds) - 1] if heading else []
+    order += [i for i in reversed(range(len(bounds))) if from_right[i]]
+    order += [i for i in range(len(bounds) - heading) if not from_right[i]]
+
+    def kind(i: int) -> tuple[int, bool, bool]:
+        return bounds[i][1] - bounds[i][0], from_right[i], heading and i == order[0]
+
+    runs: list[Run] = []
+    for alike, group in itertools.groupby(order, kind):
+        chunks = [*group]
+        # In as few runs as with the most in each, but the last much like the others.
+        count = math.ceil(len(chunks) / math.ceil(len(chunks) / most))
+        runs += [Run(chunks[i : i + count], *alike) for i in range(0, len(chunks), count)]
+    return runs
 
 
 def take(samples: slice, *tensors: Tensor | None) -> list[Any]:

@@ -12,7 +12,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from patchscale.errors import UserError
 from patchscale.ops import chunked, mixer_blocks
-from patchscale.ops.chunks import DEFAULT_CHUNK_SIZE, chunk_bounds, cut, group_and_block, is_stateless, work_dtype
+from patchscale.ops.chunks import (
+    DEFAULT_CHUNK_SIZE,
+    chunk_bounds,
+    cut,
+    cut_into_runs,
+    group_and_block,
+    is_stateless,
+    work_dtype,
+)
 from patchscale.ops.conv import tokens_before_next
 from patchscale.ops.dispatch import choose_implementation
 from patchscale.ops.mixer_blocks import Parameters, Sizes
@@ -317,6 +325,9 @@ def workspace_bytes(
     itemsize: int,
     backward: bool,
     stateless: bool,
+    reverse: bool,
+    suffix: int,
+    heading: bool,
 ) -> int:
     """Memory that the plain implementation needs while it runs, beside what it is given and gives; within a tenth.
 
@@ -329,15 +340,14 @@ def workspace_bytes(
         itemsize: bytes of a number in the working precision.
         backward: of the backward pass.
         stateless: neither initial nor final states; see :func:`patchscale.ops.chunks.is_stateless`.
+        reverse, suffix, heading: see :func:`mix_tokens`.
     """
     conv_dim = d_inner + 2 * d_state
     size, n = min(DEFAULT_CHUNK_SIZE, length), 0 if stateless else d_state
-    samples, chunks = group_and_block(batch, length, d_inner, DEFAULT_CHUNK_SIZE)
-    whole = max(0, round(length / size) - 1)
-    last = length - size * whole
-    # Buffers stay for every length of a block: the usual one, one of what chunks are left, and the last chunk's.
-    usual = size * min(chunks, whole)
-    blocks = min(length, usual + (size * (whole % chunks) if whole > chunks else 0) + last)
+    samples, most_chunks = group_and_block(batch, length, d_inner, DEFAULT_CHUNK_SIZE)
+    # Buffers stay for every length of a block.
+    runs = cut_into_runs(length, reverse, suffix, heading, DEFAULT_CHUNK_SIZE, most_chunks)
+    blocks = {(len(run.chunks), run.size): len(run.chunks) * run.size for run in runs}.values()
     buffers = 2 * d_inner + d_inner * n // size + 2 * d_state + size  # y, rows of x and of states, B, C and products
     rooms = 2 * d_inner + conv_dim  # silu and gated, and the convolution's window
     passing = conv_dim  # its result
@@ -346,5 +356,6 @@ def workspace_bytes(
         rooms += d_inner + 2 * conv_dim  # products, act and dact
         passing += 2 * conv_dim
     decays = 8 * (2 + 3) + 2 * itemsize * backward  # two sums in float64; five factors, and two gradients
-    per_token = decays * heads * length + itemsize * ((buffers + rooms) * blocks + passing * max(usual, last))
+    elements = (buffers + rooms) * sum(blocks) + passing * max(blocks, default=0)
+    per_token = decays * heads * length + itemsize * elements
     return samples * (per_token + itemsize * (1 + 2 * backward) * d_inner * n)

@@ -332,7 +332,8 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
     reverse, suffix, heading, _, chunk_size = options
     chunks = len(chunk_bounds(length, reverse, suffix, chunk_size, heading))
     stateless = is_stateless(chunks, initial_state, want_final)
-    return workspace_bytes(batch, length, d_inner, heads, d_state, itemsize, backward, stateless)
+    sizes = batch, length, d_inner, heads, d_state, itemsize
+    return workspace_bytes(*sizes, backward, stateless, reverse, suffix, heading)
 
 
 def _kind(func: Any, flops: int) -> str:
