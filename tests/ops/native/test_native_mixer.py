@@ -96,6 +96,14 @@ def test_bfloat16_in_and_out(length, reverse, threads, ran, assert_near):
     assert ran == [False, True]
 
 
+def test_sums_over_many_tokens_keep_their_digits(assert_near):
+    inputs = draw(50176, batch=1, heads=1, headdim=64)
+    found = and_gradients(native, inputs)
+    expected = and_gradients(mix_tokens, {k: v.double() for k, v in inputs.items()}, final_state=True)
+    for name in ("conv_weight", "conv_bias", "D", "norm_weight"):
+        assert_near(found[f"grad of {name}"], expected[f"grad of {name}"], 3e-6, name)
+
+
 @pytest.mark.parametrize("length", [577, pytest.param(3136, marks=pytest.mark.slow)])
 def test_long_sequences(length, ran, assert_near):
     check(assert_near, draw(length, batch=1), reverse=True, suffix=1)

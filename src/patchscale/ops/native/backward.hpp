@@ -12,7 +12,7 @@ void gate_backward(const Call& p, const Chunk& chunk, const Worker& w, const Row
     const Sizes s(p);
     const RowsOf<Element> z = chunk.rows<Element>(p.z), dout = chunk.rows<Element>(p.dout),
                           dz = chunk.rows<Element>(p.dz);
-    float *skipped = w.own().line, *gates = skipped + s.width, *dnorm = p.dnorm_weight + w.number * s.width;
+    float *skipped = w.own().line, *gates = skipped + s.width, *dnorm = Sums(p, w.own().sums).norm_weight;
     for (long t = w.first(chunk.size); t < w.last(chunk.size); t++) {
         const float* x = w.shared.act + t * s.conv_dim;
         float* dy = w.shared.dy + t * s.width;
@@ -112,7 +112,7 @@ void scan_panels_backward(
                 own.along_y[t * p.heads + head] = sum(with_y);
             }
             if (p.D) {
-                float* dD = p.dD + w.number * s.width + PANEL * panel;
+                float* dD = Sums(p, own.sums).D + PANEL * panel;
                 for (long c = 0; c < PANEL; c += LANES) {
                     const vec d = load(dy_t + c);
                     store(dx + c, load(dx + c) + d * load(p.D + PANEL * panel + c));
@@ -205,8 +205,7 @@ void convolve_backward(const Call& p, const Chunk& chunk, const Worker& w, long 
     const Sizes s(p);
     const RowsOf<Element> dx = chunk.rows<Element>(p.dx);
     float *dpre = w.shared.dact, *carry = w.shared.carry;
-    float* dtaps = p.dconv_weight + w.number * TAPS * s.conv_dim;
-    float* dbias = p.dconv_bias + w.number * s.conv_dim;
+    float *dtaps = Sums(p, w.own().sums).conv_weight, *dbias = Sums(p, w.own().sums).conv_bias;
     for (long t = 0; t < chunk.size; t++) {
         const Element* rows[TAPS];
         for (int k = 0; k < TAPS; k++)
@@ -288,6 +287,7 @@ void backward_sample(const Call& p, long sample, const Worker& w) {
         if (p.grad_final) read_panel(p, sample, panel, p.final_state, w.shared.final_state + panel * panel_size);
     }
     std::fill_n(own.middle_after, p.heads, 0.0);
+    const long parameters = Sums(p, own.sums).count;
     for (long i = p.chunks - 1; i >= 0; i--) {
         const Chunk chunk(p, sample, i);
         const Rows dy = p.z.at ? Rows{w.shared.dy, s.width} : chunk.rows<float>(p.dout);
@@ -295,6 +295,7 @@ void backward_sample(const Call& p, long sample, const Worker& w) {
         work_out_decays<Element>(p, chunk, w, true);
         factors_between(p, own.left, own.middle_after, own);
         std::swap_ranges(own.middle_after, own.middle_after + p.heads, own.middle);
+        std::fill_n(own.sums, parameters, 0.0f);
         prepare<Element>(p, chunk, w, true);
         w.meet();
         multiply_tokens(p, chunk, w);
@@ -309,6 +310,7 @@ void backward_sample(const Call& p, long sample, const Worker& w) {
         if (w.rank == 0) finish_B_and_C(p, chunk, w);
         w.meet();
         give_back<Element>(p, chunk, w);
+        for (long k = 0; k < parameters; k++) p.dparameters[w.number * parameters + k] += own.sums[k];
         w.meet();
     }
     if (!p.dinitial_state) return;

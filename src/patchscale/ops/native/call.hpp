@@ -54,8 +54,8 @@ struct Call {
     const float* grad_final;  // like final_state, which is read then; null if nothing comes back
     float* dinitial_state;    // null if there is no initial state
     Tensor3 dout, dz, dx, dB, dC, ddt;
-    // For each worker: of conv_weight, conv_bias, dt_bias, A, norm_weight and D; and, for all, of the history
-    float *dconv_weight, *dconv_bias, *ddt_bias, *dA, *dnorm_weight, *dD, *dhistory;
+    float* dhistory;
+    float* dparameters;  // (threads, all of Sums): what each adds to
     float* scratch;
 };
 
@@ -74,6 +74,28 @@ struct Sizes {
     long state() const { return panels * n * PANEL; }
 };
 
+// Gradients of parameters, one after the other; none where there is no such parameter.
+struct Sums {
+    float *conv_weight, *conv_bias, *dt_bias, *A, *D, *norm_weight;
+    long count;
+
+    Sums(const Call& p, float* at) {
+        const Sizes s(p);
+        count = 0;
+        auto take = [&](bool given, long length) {
+            float* taken = at + count;
+            count += given ? length : 0;
+            return taken;
+        };
+        conv_weight = take(p.taps, p.taps * s.conv_dim);
+        conv_bias = take(p.taps, s.conv_dim);
+        dt_bias = take(p.dt_bias, p.heads);
+        A = take(true, p.heads);
+        D = take(p.D, s.width);
+        norm_weight = take(p.D, s.width);
+    }
+};
+
 // Memory of the threads that work on a sample together, and of each of them.
 struct Shared {
     float *act, *slope, *dact, *y, *dy, *carry;
@@ -88,6 +110,7 @@ struct Own {
     double *cs, *from_middle;
     // Of the chunk's heads
     float *enter, *enter_rest, *along_states;
+    float* sums;  // a chunk's: added to those of all chunks at its end, so that small numbers meet small ones
     double *left, *middle, *left_before, *middle_after;
     bool* strong;
     float *decay, *decayed_M, *C_from_start, *B_to_end, *from_start, *to_end, *strong_logs, *strong_x;
@@ -145,6 +168,7 @@ Own take_own(Arena& arena, const Call& p, bool backward) {
         m.dC = arena.take(s.rows * s.n);
         for (float** each : {&m.dt_slope, &m.along_x, &m.along_y}) *each = arena.take(numbers);
         m.along_states = arena.take(p.heads);
+        m.sums = arena.take(Sums(p, nullptr).count);
     }
     for (float** pairs : {&m.decay, &m.decayed_M, &m.strong_pairs}) *pairs = arena.take(s.rows * s.pitch);
     for (float** rows : {&m.strong_x, &m.strong_dy}) *rows = arena.take(s.rows * PANEL);

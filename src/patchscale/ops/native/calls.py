@@ -35,8 +35,7 @@ class _Call(ctypes.Structure):
         *((name, _Rows) for name in ("y", "out")),
         *((name, ctypes.c_void_p) for name in ("grad_final", "dinitial_state")),
         *((name, _Rows) for name in ("dout", "dz", "dx", "dB", "dC", "ddt")),
-        *((name, ctypes.c_void_p) for name in ("dconv_weight", "dconv_bias", "ddt_bias", "dA", "dnorm_weight", "dD")),
-        *((name, ctypes.c_void_p) for name in ("dhistory", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("dhistory", "dparameters", "scratch")),
     ]
 
 

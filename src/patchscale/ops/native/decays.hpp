@@ -93,8 +93,8 @@ void give_back_decays(const Call& p, const Chunk& chunk, const Worker& w, long f
             dbias += gradient;
             store_number(ddt[t] + h, gradient);
         }
-        p.dA[w.number * p.heads + h] += dA;
-        if (p.dt_bias) p.ddt_bias[w.number * p.heads + h] += dbias;
+        Sums(p, own.sums).A[h] = dA;
+        if (p.dt_bias) Sums(p, own.sums).dt_bias[h] = dbias;
     }
 }
 

@@ -45,14 +45,9 @@ def backward(
     dz, dxBC, ddt = sizes.split(dprojected)
     dhistory = ys.new_empty(history.shape)
     dinitial = ys.new_empty(chunked.gradient_shape(initial_state))
-    # What each thread adds to
-    dtaps, dconv_bias, ddt_bias, dA, dD, dnorm_weight = (
-        ys.new_zeros(torch.get_num_threads(), *shape)
-        for shape in (
-            (sizes.width, sizes.conv_dim), (sizes.conv_dim,), (sizes.heads,), (sizes.heads,), sizes.by_head,
-            (sizes.d_inner,),
-        )
-    )  # fmt: skip
+    # In the order of Sums in `call.hpp`
+    lengths = [sizes.width * sizes.conv_dim, sizes.conv_dim, sizes.heads, sizes.heads, sizes.d_inner, sizes.d_inner]
+    dparameters = ys.new_zeros(torch.get_num_threads(), sum(lengths))
     others = {
         "grad_final": grad_final,
         "final_state": final_state,
@@ -62,27 +57,15 @@ def backward(
         "dz": dz,
         "dx": dxBC,
         "ddt": ddt,
-        "dconv_weight": dtaps,
-        "dconv_bias": dconv_bias,
-        "ddt_bias": ddt_bias,
-        "dA": dA,
-        "dD": dD,
-        "dnorm_weight": dnorm_weight,
         "dhistory": dhistory,
+        "dparameters": dparameters,
         "dinitial_state": None if initial_state is None else dinitial,
     }
     given = _given(sizes, parameters, projected, history, initial_state)
     calls.run(True, plan, _sizes(sizes, parameters), given | others)
-    return Gradients(
-        dtaps.sum(0).t().contiguous(),
-        dconv_bias.sum(0),
-        ddt_bias.sum(0),
-        dA.sum(0),
-        dD.sum((0, 2)),
-        dnorm_weight.sum(0),
-        dhistory,
-        dinitial,
-    )
+    dtaps, dconv_bias, ddt_bias, dA, dD, dnorm_weight = (part.sum(0) for part in dparameters.split(lengths, 1))
+    dtaps = dtaps.view(sizes.width, sizes.conv_dim).t().contiguous()
+    return Gradients(dtaps, dconv_bias, ddt_bias, dA, dD.view(sizes.by_head).sum(1), dnorm_weight, dhistory, dinitial)
 
 
 def _sizes(sizes: Sizes, parameters: Parameters) -> dict[str, float]:

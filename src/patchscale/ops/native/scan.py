@@ -43,7 +43,7 @@ def backward(
     dC: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``chunked.backward``."""
-    ddt, dA = dt.new_empty(dt.shape), dt.new_zeros(torch.get_num_threads(), *A.shape)
+    ddt, dparameters = dt.new_empty(dt.shape), dt.new_zeros(torch.get_num_threads(), *A.shape)  # A alone
     dinitial = dt.new_empty(chunked.gradient_shape(initial_state))
     others = {
         "grad_final": grad_final,
@@ -55,11 +55,11 @@ def backward(
         "dB": dB,
         "dC": dC,
         "ddt": ddt,
-        "dA": dA,
+        "dparameters": dparameters,
         "dinitial_state": None if initial_state is None else dinitial,
     }
     calls.run(True, plan, _sizes(x, B), _given(x, dt, A, B, C, initial_state) | others)
-    return ddt, dA.sum(0), dinitial
+    return ddt, dparameters.sum(0), dinitial
 
 
 def _sizes(x: Tensor, B: Tensor) -> dict[str, int]:
