@@ -11,11 +11,10 @@ mkdir -p "$out"
 
 folder=$out/ops && bench ops --tokens 196,3136,16384 --peers transformers,native --out "$folder"
 folder=$out/model && bench model --tokens 196,784,4096,16384 --width 256,768 --peers transformers,vit,native --out "$folder"
-# To twenty images in one sequence; a call at 200,704 tokens takes a minute at width 768.
-folder=$out/flat && bench model --tokens 784,3136,12544,50176,200704 --width 256 --peers native --repeats 3 \
-    --min-seconds 1 --out "$folder"
-folder=$out/flat-wide && bench model --tokens 784,3136,12544,50176 --width 768 --peers native --repeats 3 \
-    --min-seconds 1 --out "$folder"
+flat() { "${PYTHON:-python3}" benchmarks/flat.py "$@" | tee "$folder.txt"; }
+folder=$out/flat && flat --out "$folder"
+# A call at 200,704 tokens takes a minute at width 768.
+folder=$out/flat-wide && flat --width 768 --tokens 784 3136 12544 50176 --rounds 3 --out "$folder"
 folder=$out/tiny && bench model --model adventurer_tiny_patch16_224,adventurer_tiny_patch1_224 --peers native,products-kept \
     --repeats 3 --out "$folder"
 folder=$out/linear && bench model --tokens 4096 --width 256,768 --peers default-linear --out "$folder"
