@@ -100,8 +100,10 @@ def test_sums_over_many_tokens_keep_their_digits(assert_near):
     inputs = draw(50176, batch=1, heads=1, headdim=64)
     found = and_gradients(native, inputs)
     expected = and_gradients(mix_tokens, {k: v.double() for k, v in inputs.items()}, final_state=True)
-    for name in ("conv_weight", "conv_bias", "norm_weight"):
-        assert_near(found[f"grad of {name}"], expected[f"grad of {name}"], 1e-6, name)
+    summed_by_channel = ("grad of conv_weight", "grad of conv_bias", "grad of norm_weight")
+    for name, value in found.items():
+        of_one_number = name in (*SUMS, "grad of D")
+        assert_near(value, expected[name], 1e-6 if name in summed_by_channel else 1e-4 if of_one_number else 1e-5, name)
 
 
 @pytest.mark.parametrize("length", [577, pytest.param(3136, marks=pytest.mark.slow)])
