@@ -1,10 +1,12 @@
 """Time for a token against their number: mixers and blocks, plain and native, forward and in training.
 
     OMP_NUM_THREADS=1 PYTHONPATH=src python benchmarks/flat.py --out benchmarks/results/cpu-1/flat
+    OMP_NUM_THREADS=1 PYTHONPATH=src python benchmarks/flat.py --at-once 12544 --out benchmarks/results/cpu-1/flat-batch
 
 `patchscale bench` measures one number of tokens after the other, minutes apart; the pace of a shared machine drifts by
 more than what is asked here. So all numbers take turns in every round, the small ones several times in a row, as layers
 of a training step do. What is reported is the median of rounds, over that of the number of tokens that does best.
+By default there is one image at a time; with `--at-once` as many as make so many tokens.
 """
 
 import argparse
@@ -32,11 +34,13 @@ NATIVE = "native"
 TOKENS_A_TURN = 12544
 
 
-def seconds_a_token(case: dict[str, Any], tokens: list[int], name: str, rounds: int, threads: int) -> list[list[float]]:
+def seconds_a_token(
+    case: dict[str, Any], tokens: list[int], at_once: int, name: str, rounds: int, threads: int
+) -> list[list[float]]:
     """Of each round, for each number of tokens."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    cases = [Case(tokens=number, **case) for number in tokens]
+    cases = [Case(tokens=number, batch=max(1, at_once // number), **case) for number in tokens]
     makes = ours if name == OURS else PEERS[NATIVE].makes[case["subject"]]
     calls = [as_call(each, makes(each)) for each in cases]
     for call in calls:
@@ -44,12 +48,13 @@ def seconds_a_token(case: dict[str, Any], tokens: list[int], name: str, rounds: 
     found: list[list[float]] = []
     for _ in range(rounds):
         found.append([])
-        for number, call in zip(tokens, calls, strict=True):
-            repeats = max(1, TOKENS_A_TURN // number)
+        for each, call in zip(cases, calls, strict=True):
+            together = each.tokens * each.batch
+            repeats = max(1, TOKENS_A_TURN // together)
             start = time.perf_counter()
             for _ in range(repeats):
                 call()
-            found[-1].append((time.perf_counter() - start) / repeats / number)
+            found[-1].append((time.perf_counter() - start) / repeats / together)
     return found
 
 
@@ -79,6 +84,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--tokens", type=int, nargs="+", default=[784, 3136, 12544, 50176, 200704])
+    parser.add_argument("--at-once", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
     threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
@@ -92,10 +98,10 @@ def main() -> None:
         for training in (False, True):
             for name in (OURS, NATIVE):
                 heads = 2 * given.width // HEADDIM
-                case = {"subject": subject, "training": training, "batch": 1, "heads": heads}
-                case |= {"device": "cpu", "dtype": "float32"}
-                times = isolated(seconds_a_token, case, given.tokens, name, given.rounds, threads)
+                case = {"subject": subject, "training": training, "heads": heads, "device": "cpu", "dtype": "float32"}
+                times = isolated(seconds_a_token, case, given.tokens, given.at_once, name, given.rounds, threads)
                 row = {"subject": subject, "training": training, "name": name, "width": given.width}
+                row |= {"at_once": given.at_once}
                 rows.append(row | {"tokens": given.tokens, "seconds_a_token": times})
                 console.print(f"{row}: {[f'{over:+.0%}' for over in over_the_best(rows[-1])]}", highlight=False)
                 if given.out is not None:
