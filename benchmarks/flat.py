@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from patchscale.bench.cases import HEADDIM, OURS, Case, as_call, ours
-from patchscale.bench.measure import isolated, preload, warm_up
+from patchscale.bench.measure import Failed, isolated, preload, warm_up
 from patchscale.bench.peers import PEERS
 from patchscale.bench.report import describe_machine
 from patchscale.files import make_folder, write_atomically
@@ -87,6 +87,11 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
+    for name, number in (("--at-once", given.at_once), ("--rounds", given.rounds), ("--tokens", min(given.tokens))):
+        if number < 1:
+            parser.error(f"{name} is {number}, expected at least 1")
+    if given.width < HEADDIM or given.width % HEADDIM:
+        parser.error(f"--width is {given.width}, expected a multiple of {HEADDIM}")
     threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
     preload(["timm", "torch", "patchscale.bench.peers"])
     console = Console(width=150)
@@ -99,7 +104,11 @@ def main() -> None:
             for name in (OURS, NATIVE):
                 heads = 2 * given.width // HEADDIM
                 case = {"subject": subject, "training": training, "heads": heads, "device": "cpu", "dtype": "float32"}
-                times = isolated(seconds_a_token, case, given.tokens, given.at_once, name, given.rounds, threads)
+                try:
+                    times = isolated(seconds_a_token, case, given.tokens, given.at_once, name, given.rounds, threads)
+                except Failed as error:  # no compiler, or too little memory
+                    console.print(f"{subject}, {name}: not measured: {error}", highlight=False)
+                    continue
                 row = {"subject": subject, "training": training, "name": name, "width": given.width}
                 row |= {"at_once": given.at_once}
                 rows.append(row | {"tokens": given.tokens, "seconds_a_token": times})
