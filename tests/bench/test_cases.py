@@ -65,6 +65,19 @@ def test_every_subject_runs_and_is_the_same_every_time(subject):
     assert not first.requires_grad
 
 
+def test_no_timed_call_draws_the_outputs_gradient(monkeypatch):
+    calls = [as_call(one, ours(one)) for one in (case("conv", training=True, tokens=n) for n in (4, 5, 6, 7))]
+    for call in calls:
+        call()
+
+    def drawn(*args, **kwargs):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(torch, "randn", drawn)
+    for call in calls:
+        call()
+
+
 def test_a_training_call_leaves_no_gradients():
     one = case("mixer", training=True, tokens=4)
     made = ours(one)

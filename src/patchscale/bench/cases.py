@@ -226,7 +226,7 @@ def _forget_gradients(inputs: tuple[Tensor, ...], parameters: list[nn.Parameter]
         t.grad = None
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache  # of every shape: to draw one takes a tenth of a mixer's forward and backward
 def _output_gradient(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if not shape:
         return torch.ones((), dtype=dtype, device=device)
