@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from patchscale import UserError
-from patchscale.models.block import CONV_WIDTH, Block, Mamba2Mixer, SwiGLU
+from patchscale.models.block import CONV_WIDTH, Block, Mamba2Mixer, SwiGLU, append_mean
 from patchscale.ops import mix_tokens
 from patchscale.ops.reference import causal_conv1d_reference, ssd_scan_reference
 
@@ -89,6 +89,19 @@ def test_all_ways_of_taking_the_mean_are_one(batch, length, reverse, monkeypatch
         monkeypatch.setattr("patchscale.models.block.STREAM_TOKENS", stream)
         with torch.inference_mode():
             assert_near(mixer(u), expected[0], 1e-11)
+
+
+def test_appending_the_mean_has_the_gradients_of_its_definition(assert_near):
+    def defined(u):
+        return torch.cat([u, u.mean(1, keepdim=True)], dim=1)
+
+    u = torch.randn(3, 7, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(append_mean(u), defined(u))
+    assert torch.autograd.gradcheck(append_mean, u)
+    assert torch.autograd.gradgradcheck(append_mean, u)
+    several, along = torch.randn(2, 3, 7, 5, dtype=torch.float64), torch.randn(3, 7, 5, dtype=torch.float64)
+    assert_near(torch.func.vmap(append_mean)(several), torch.stack([defined(each) for each in several]), 1e-12)
+    assert_near(torch.func.jvp(append_mean, (u.detach(),), (along,))[1], defined(along), 1e-12)
 
 
 @pytest.mark.parametrize("grad", [True, False])

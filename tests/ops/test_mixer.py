@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchscale import UserError
@@ -302,6 +303,39 @@ def test_custom_op_keeps_pytorchs_rules(dtype, absent, want_final, heading):
     tensors = [None if k in absent else inputs[k].requires_grad_() for k in NAMES]
     options = True, 1, heading, 1e-5, 4, False, want_final, True
     torch.library.opcheck(torch.ops.patchscale.mix_tokens.default, (*tensors, *options))
+
+
+class Seen(TorchDispatchMode):
+    """Names of all operators that run while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_whoever_looks_on_sees_one_operator_with_the_same_result(reverse):
+    options = {"reverse": reverse, "suffix": 1, "heading": True}
+    alone = mixed(draw(150), **options)
+    with Seen() as seen:
+        watched = mixed(draw(150), **options)
+    operators = {f"patchscale.{name}.default" for name in ("mix_tokens", "mix_tokens_backward")}
+    assert operators <= seen.names
+    assert not {"aten.bmm.out", "aten.cumsum.default"} & seen.names
+    for name, value in watched.items():
+        assert torch.equal(value, alone[name]), name
+
+
+def test_gradients_cannot_be_differentiated_again():
+    inputs = {k: v.requires_grad_() for k, v in draw(70).items()}
+    out, _ = mix_tokens(**inputs)
+    (gradient,) = torch.autograd.grad(out.square().sum(), inputs["projected"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_compiled_whole(assert_near):

@@ -223,7 +223,7 @@ def _expected_and_made(batch, length, heads, stateless, reverse, natively):
         [None, None] if stateless else [torch.zeros(batch, 3, conv_dim), torch.zeros(batch, heads, headdim, d_state)]
     )
     options = (reverse, 0 if stateless else 1, False, 1e-5, 64, natively)
-    forward, backward = mixer._mix_tokens._init_fn, mixer._mix_tokens_backward._init_fn
+    forward, backward = mixer._forward, mixer._gradients
     forward(*given, *options, False, True)  # what is worked out once for a length is kept
 
     with _Live(given) as live:

@@ -13,6 +13,7 @@ from patchscale.errors import UserError
 from patchscale.ops import mix_tokens
 from patchscale.ops.chunks import is_one_chunk
 from patchscale.ops.conv import tokens_before_next
+from patchscale.ops.dispatch import is_traced
 from patchscale.ops.linear import Linear
 from patchscale.ops.sequence_parallel import BLOCK_TOKENS, SequenceGroup, decay_and_state, states_between
 
@@ -23,6 +24,24 @@ NORM_EPS = 1e-5
 _SCAN_A_HEADING = ("cpu",)
 # Inference on a CPU takes so many tokens at a time through a layer: enough for its matrix products, few for the cache.
 STREAM_TOKENS = 1024
+
+
+def append_mean(u: Tensor) -> Tensor:
+    """(batch, tokens, channels) -> (batch, tokens + 1, channels): their mean after the tokens."""
+    return torch.cat([u, u.mean(1, keepdim=True)], dim=1) if is_traced() else _AppendMean.apply(u)
+
+
+class _AppendMean(torch.autograd.Function):
+    """Reads the gradient once, where those of ``cat`` and ``mean`` and their sum do so three times."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        return torch.cat([u, u.mean(1, keepdim=True)], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        tokens, mean = grads[0].split_with_sizes([grads[0].shape[1] - 1, 1], 1)
+        return torch.add(tokens, mean, alpha=1 / tokens.shape[1])
 
 
 @register_notrace_module
@@ -88,13 +107,12 @@ class Mamba2Mixer(nn.Module):
             if _streams(u):
                 return torch.cat([self._forward_chunk(group) for group in u.split(_samples_at_a_time(u))])
             return self._forward_chunk(u)
-        mean = u.mean(1, keepdim=True)
         if u.device.type in _SCAN_A_HEADING and not _streams(u):
             # One product, and one gradient of its weight, instead of two.
-            out, _ = self._mix(self.in_proj(torch.cat([u, mean], dim=1)), reverse=self.reverse, suffix=1, heading=True)
+            out, _ = self._mix(self.in_proj(append_mean(u)), reverse=self.reverse, suffix=1, heading=True)
             return self.out_proj(out)
         # in_proj is linear: the projection of the mean is the mean of the projections.
-        history, state = self._heading(self.in_proj(mean))
+        history, state = self._heading(self.in_proj(u.mean(1, keepdim=True)))
         if _streams(u):
             return self._stream(u, history, state, self.reverse, suffix=1)
         out, _ = self._mix(self.in_proj(u), history, state, self.reverse, suffix=1)

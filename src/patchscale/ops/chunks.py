@@ -142,9 +142,13 @@ def chunk_bounds(
     if heading:
         return [*chunk_bounds(length - 1, reverse, suffix, chunk_size), (length - 1, length)]
     body = length - suffix if reverse else length
-    starts = [chunk_size * i for i in range(max(1, round(body / chunk_size)))] if body else []
+    starts = [chunk_size * i for i in range(_number_of_chunks(body, chunk_size))]
     bounds = [*itertools.pairwise([*starts, body])]
     return bounds + [(s, min(s + chunk_size, length)) for s in range(body, length, chunk_size)]
+
+
+def _number_of_chunks(length: int, chunk_size: int) -> int:
+    return max(1, round(length / chunk_size)) if length else 0
 
 
 class Run(NamedTuple):
@@ -189,7 +193,7 @@ def is_stateless(chunks: int, initial_state: Tensor | None, want_final: bool) ->
 
 def is_one_chunk(length: int) -> bool:
     """Whether so many tokens, scanned in one direction, are a single chunk."""
-    return len(chunk_bounds(length, False, 0, DEFAULT_CHUNK_SIZE)) == 1
+    return _number_of_chunks(length, DEFAULT_CHUNK_SIZE) == 1
 
 
 def cut(

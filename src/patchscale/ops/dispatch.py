@@ -6,6 +6,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from patchscale.errors import UserError
 from patchscale.ops import native, triton
@@ -66,3 +67,23 @@ def _choose_on_gpu(device: torch.device, unfit: str | None) -> Choice:
         return Choice("triton", f"the default on {device.type}")
     warnings.warn(f"patchscale's operators run in plain PyTorch, slower: {obstacle}", stacklevel=2)
     return Choice("torch", obstacle)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Not a subclass with operators of its own, as quantised and distributed ones have, nor without data."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+
+
+def is_traced() -> bool:
+    """Whether a compiler, TorchScript, torch.func or forward-mode differentiation wants to see PyTorch's operators."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def is_watched() -> bool:
+    """Whether operators are traced, or seen by a dispatch mode, such as a FLOP counter."""
+    return is_traced() or torch._C._len_torch_dispatch_stack() > 0

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from patchscale.ops.dispatch import is_plain, is_traced
+
 # Fewer rows take as long to call as to multiply.
 _FEWEST_ROWS = 16
 # A weight's gradient is a sum over rows: of so many at a time, which stay in the cache.
@@ -32,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., out).
     """
-    if not torch.compiler.is_compiling() and mkl_is_slow() and _fits(x, weight, bias) and not _traced():
+    if not is_traced() and mkl_is_slow() and _fits(x, weight, bias):
         return _OneDNN.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -62,15 +64,10 @@ def mkl_is_slow() -> bool:
     return bool(processor.get("avx512_f")) and "AMD" in str(processor.get("cpu_name"))
 
 
-def _plain(tensor: Tensor) -> bool:
-    """Not a subclass with operators of its own: quantised, distributed, without data."""
-    return type(tensor) in (Tensor, nn.Parameter)
-
-
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        _plain(x)
-        and _plain(weight)
+        is_plain(x)
+        and is_plain(weight)
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and (bias is None or bias.dtype == torch.float32)
@@ -82,46 +79,44 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _traced() -> bool:
-    """Whether TorchScript, torch.func or forward-mode differentiation wants to see PyTorch's own operators."""
-    return bool(
-        torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 class _OneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return _multiply(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
         return (
-            _OneDNN.apply(grad, weight.t(), None) if for_x else None,
-            _weight_gradient(grad.flatten(0, -2), x.flatten(0, -2)) if for_weight else None,
-            grad.flatten(0, -2).sum(0) if for_bias else None,
+            _product(grad, weight.t()) if for_x else None,
+            _weight_gradient(rows, x.flatten(0, -2)) if for_weight else None,
+            rows.sum(0) if for_bias else None,
         )
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight^T, differentiable if that is wanted of a gradient."""
+    return _OneDNN.apply(x, weight, None) if torch.is_grad_enabled() else _multiply(x, weight)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """(rows, out), (rows, in) -> (out, in)."""
     if grad.shape[1] > x.shape[1]:  # oneDNN is faster at few rows of many columns
         return _weight_gradient(x, grad).t()
-    first, *others = zip(grad.split(_SUMMED_ROWS), x.split(_SUMMED_ROWS), strict=True)
-    total = _product_over_rows(*first)
-    for rows in others:
-        total += _product_over_rows(*rows)
+    grad, x = grad.t(), x.t()
+    total = _product(grad[:, :_SUMMED_ROWS], x[:, :_SUMMED_ROWS])
+    for start in range(_SUMMED_ROWS, grad.shape[1], _SUMMED_ROWS):
+        rows = slice(start, start + _SUMMED_ROWS)
+        total += _product(grad[:, rows], x[:, rows])
     return total
-
-
-def _product_over_rows(grad: Tensor, x: Tensor) -> Tensor:
-    return _OneDNN.apply(grad.t(), x.t(), None)
 
 
 # A later PyTorch may know it.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from patchscale.errors import UserError
@@ -22,7 +23,7 @@ from patchscale.ops.chunks import (
     work_dtype,
 )
 from patchscale.ops.conv import tokens_before_next
-from patchscale.ops.dispatch import choose_implementation
+from patchscale.ops.dispatch import choose_implementation, is_plain, is_watched
 from patchscale.ops.mixer_blocks import Parameters, Sizes
 from patchscale.ops.native import mixer as native_mixer
 from patchscale.ops.reference import mix_tokens_reference
@@ -121,14 +122,15 @@ def mix_tokens(
         out, state = mix_tokens_reference(projected, *parameters, history, initial_state, reverse, suffix, heading, eps)
     else:
         tensors = projected, *parameters, history, initial_state
-        differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        given = [t for t in tensors if t is not None]
+        differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in given)
         options = reverse, suffix, heading, eps, DEFAULT_CHUNK_SIZE, chosen == "native"
-        out, state, _, _ = _mix_tokens(*tensors, *options, final_state, differentiated)
+        mix = _mix_tokens if is_watched() or not all(is_plain(t) for t in given) else MixTokens.apply
+        out, state, _, _ = mix(*tensors, *options, final_state, differentiated)
     return out, state if final_state else None
 
 
-@torch.library.custom_op("patchscale::mix_tokens", mutates_args=())
-def _mix_tokens(
+def _forward(
     projected: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
@@ -151,7 +153,7 @@ def _mix_tokens(
     sizes, work = Sizes(conv_weight, A, norm_weight), work_dtype(projected)
     plan = cut(projected, *sizes.by_head, reverse, suffix, chunk_size, heading)
     tensors = conv_weight, conv_bias, dt_bias, A, D, norm_weight
-    parameters = Parameters._make([*(t.to(work) for t in tensors), eps])
+    parameters = Parameters._make([*(_convert(t, work) for t in tensors), eps])
     out = projected.new_empty(projected.shape[0], projected.shape[1] - heading, sizes.d_inner)
     kept_chunks = plan.chunks if keep and not is_stateless(plan.chunks, initial_state, want_final) else 0
     final_state, ys, states = (
@@ -173,6 +175,11 @@ def _mix_tokens(
     return out, final_state, ys, states
 
 
+def _convert(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Even to ask for what is already so takes time, of which a call on a few hundred tokens has little.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _kept_shapes(out: Tensor, sizes: Sizes, chunks: int, want_final: bool, keep: bool) -> list[tuple[int, ...]]:
     """Of the final state, of the scan's output and of the states; empty where not wanted."""
     batch = out.shape[0]
@@ -190,6 +197,9 @@ def _history(history: Tensor | None, projected: Tensor, sizes: Sizes) -> Tensor:
     return history.to(projected.dtype)
 
 
+_mix_tokens = torch.library.custom_op("patchscale::mix_tokens", _forward, mutates_args=())
+
+
 @_mix_tokens.register_fake
 def _(
     projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, history, initial_state,
@@ -202,8 +212,7 @@ def _(
     return out, *(projected.new_empty(s, dtype=work) for s in _kept_shapes(out, sizes, kept_chunks, want_final, keep))
 
 
-@torch.library.custom_op("patchscale::mix_tokens_backward", mutates_args=())
-def _mix_tokens_backward(
+def _gradients(
     grad_out: Tensor,
     grad_final: Tensor | None,
     projected: Tensor,
@@ -229,7 +238,7 @@ def _mix_tokens_backward(
     sizes, work = Sizes(conv_weight, A, norm_weight), work_dtype(projected)
     plan = cut(projected, *sizes.by_head, reverse, suffix, chunk_size, heading)
     tensors = conv_weight, conv_bias, dt_bias, A, D, norm_weight
-    parameters = Parameters._make([*(t.to(work) for t in tensors), eps])
+    parameters = Parameters._make([*(_convert(t, work) for t in tensors), eps])
     want_final = final_state.ndim > 1
     dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
     with torch.autocast(projected.device.type, enabled=False):
@@ -249,10 +258,13 @@ def _mix_tokens_backward(
         )
     given = *tensors, history, initial_state
     found: Any = (
-        projected.new_empty(0, dtype=work) if tensor is None else gradient.to(tensor.dtype)
+        projected.new_empty(0, dtype=work) if tensor is None else _convert(gradient, tensor.dtype)
         for tensor, gradient in zip(given, gradients, strict=True)
     )
     return dprojected, *found
+
+
+_mix_tokens_backward = torch.library.custom_op("patchscale::mix_tokens_backward", _gradients, mutates_args=())
 
 
 @_mix_tokens_backward.register_fake
@@ -279,16 +291,37 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.shape = output[0].shape
 
 
-def _backward(ctx, grad_out, grad_final, grad_ys, grad_states):
+def _backward(ctx, *grads):
+    return _back_through(_mix_tokens_backward, ctx, *grads)
+
+
+def _back_through(operator, ctx, grad_out, grad_final, *_):
     saved = ctx.saved_tensors
     tensors, kept = saved[:-3], saved[-3:]
     grad_out = tensors[0].new_zeros(ctx.shape) if grad_out is None else grad_out
     grad_final = grad_final if kept[0].ndim > 1 else None
-    grads = _mix_tokens_backward(grad_out, grad_final, *tensors, *kept, *ctx.options)
+    grads = operator(grad_out, grad_final, *tensors, *kept, *ctx.options)
     return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), *[None] * 8
 
 
 _mix_tokens.register_autograd(_backward, setup_context=_setup_context)
+
+
+class MixTokens(torch.autograd.Function):
+    """The same operator where nothing looks on: what a custom operator adds takes as long as a hundred tokens."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        """See ``_forward``."""
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        """See ``_gradients``."""
+        return _back_through(_gradients, ctx, *grads)
 
 
 def _scan_flops(projected_shape, conv_shape, A_shape, norm_shape, *options) -> tuple[int, int, int]:

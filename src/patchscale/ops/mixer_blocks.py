@@ -29,7 +29,7 @@ class Sizes:
 
     def split(self, projected: Tensor) -> tuple[Tensor, ...]:
         """z, xBC and dt."""
-        return projected.split([self.d_inner, self.conv_dim, self.heads], dim=-1)
+        return projected.split_with_sizes([self.d_inner, self.conv_dim, self.heads], dim=-1)
 
     def split_conv(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x by head, B and C."""

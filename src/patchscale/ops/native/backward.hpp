@@ -310,7 +310,7 @@ void backward_sample(const Call& p, long sample, const Worker& w) {
         if (w.rank == 0) finish_B_and_C(p, chunk, w);
         w.meet();
         give_back<Element>(p, chunk, w);
-        for (long k = 0; k < parameters; k++) p.dparameters[w.number * parameters + k] += own.sums[k];
+        for (long k = 0; k < parameters; k++) w.sums[k] += own.sums[k];
         w.meet();
     }
     if (!p.dinitial_state) return;

@@ -32,7 +32,7 @@ using Rows = RowsOf<float>;
 
 }  // namespace
 
-// What a call reads and writes; calls.py fills it, field by field. A pointer may be null where that is said.
+// What a caller hands over; calls.py fills it, field by field. A pointer may be null where that is said.
 struct Call {
     int64_t batch, body, reverse, heads, headdim, d_state, taps, chunks, longest, threads;
     int64_t heading;      // 1 if the token that stands last is scanned first, and has no output
@@ -43,9 +43,9 @@ struct Call {
     Tensor3 x, B, C, z;        // x: x, B and C as they enter the convolution, if there is one; z: null without a gate
     Tensor3 dt;                // (batch, length, heads): step sizes; with a dt_bias, before it and softplus
     const float *dt_bias, *A;  // (heads,); dt_bias may be null
-    const float *conv_weight, *conv_bias;  // (taps, conv_dim), (conv_dim,)
+    const float *conv_weight, *conv_bias;  // (conv_dim, taps), (conv_dim,); the kernels read (taps, conv_dim)
     const void* history;                   // (batch, taps - 1, conv_dim)
-    const float *D, *norm_weight;          // (width,), one number for each channel
+    const float *D, *norm_weight;          // (heads,), (width,); the kernels read a D for each channel
     const float* initial_state;            // (batch, heads, headdim, d_state), or null: zero
     float* final_state;                    // the same; null if not wanted
     float* states;   // (batch, chunks, panels, d_state, 64): G, chunks in scan order; null if not kept
@@ -55,8 +55,7 @@ struct Call {
     float* dinitial_state;    // null if there is no initial state
     Tensor3 dout, dz, dx, dB, dC, ddt;
     float* dhistory;
-    float* dparameters;  // (threads, all of Sums): what each adds to
-    float* scratch;
+    float *dconv_weight, *dconv_bias, *ddt_bias, *dA, *dD, *dnorm_weight;  // like the parameters; null without them
 };
 
 namespace {
@@ -74,7 +73,7 @@ struct Sizes {
     long state() const { return panels * n * PANEL; }
 };
 
-// Gradients of parameters, one after the other; none where there is no such parameter.
+// Gradients of parameters as the kernels read these, one after the other; none where there is no such parameter.
 struct Sums {
     float *conv_weight, *conv_bias, *dt_bias, *A, *D, *norm_weight;
     long count;
@@ -180,7 +179,7 @@ Own take_own(Arena& arena, const Call& p, bool backward) {
 // One of the threads that work on a sample together.
 struct Worker {
     long rank, size;  // among them
-    long number;      // among all
+    float* sums;      // what it has found of the gradients of parameters, see Sums
     Shared shared;
     const Own* owns;  // of all of them
 

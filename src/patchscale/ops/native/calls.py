@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,35 +12,20 @@ from torch import Tensor
 from patchscale.ops.chunks import Plan
 from patchscale.ops.native.library import library
 
-
-class _Rows(ctypes.Structure):
-    _fields_ = [("at", ctypes.c_void_p), ("batch", ctypes.c_int64), ("row", ctypes.c_int64)]
-
-
-_NUMBERS = (
+# Field by field the Call of `call.hpp`: integers, a double, the chunks' starts, and tensors: a pointer, and where only
+# channels need be consecutive the strides of samples and of rows.
+_INTEGERS = (
     "batch", "body", "reverse", "heads", "headdim", "d_state", "taps", "chunks", "longest", "threads", "heading",
     "last", "in_bfloat16",
 )  # fmt: skip
-
-
-class _Call(ctypes.Structure):
-    """Field by field the Call of `call.hpp`."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-        ("eps", ctypes.c_double),
-        ("starts", ctypes.c_void_p),
-        *((name, _Rows) for name in ("x", "B", "C", "z", "dt")),
-        *((name, ctypes.c_void_p) for name in ("dt_bias", "A", "conv_weight", "conv_bias", "history")),
-        *((name, ctypes.c_void_p) for name in ("D", "norm_weight", "initial_state", "final_state", "states")),
-        *((name, _Rows) for name in ("y", "out")),
-        *((name, ctypes.c_void_p) for name in ("grad_final", "dinitial_state")),
-        *((name, _Rows) for name in ("dout", "dz", "dx", "dB", "dC", "ddt")),
-        *((name, ctypes.c_void_p) for name in ("dhistory", "dparameters", "scratch")),
-    ]
-
-
-_ARE_ROWS = {field[0] for field in _Call._fields_ if field[1] is _Rows}
+_TENSORS = (
+    "x by rows", "B by rows", "C by rows", "z by rows", "dt by rows", "dt_bias", "A", "conv_weight", "conv_bias",
+    "history", "D", "norm_weight", "initial_state", "final_state", "states", "y by rows", "out by rows", "grad_final",
+    "dinitial_state", "dout by rows", "dz by rows", "dx by rows", "dB by rows", "dC by rows", "ddt by rows", "dhistory",
+    "dconv_weight", "dconv_bias", "ddt_bias", "dA", "dD", "dnorm_weight",
+)  # fmt: skip
+_BY_ROWS = [(field.removesuffix(" by rows"), field.endswith(" by rows")) for field in _TENSORS]
+_CALL = struct.Struct(f"={len(_INTEGERS)}qd{1 + sum(3 if by_rows else 1 for _, by_rows in _BY_ROWS)}q")
 
 
 def run(backward: bool, plan: Plan, sizes: Mapping[str, Any], tensors: Mapping[str, Tensor | None]) -> None:
@@ -53,32 +39,34 @@ def run(backward: bool, plan: Plan, sizes: Mapping[str, Any], tensors: Mapping[s
     """
     x = tensors["x"]
     assert x is not None
-    call = _Call(
+    numbers = {
         **sizes,
-        batch=x.shape[0],
-        body=plan.body,
-        reverse=plan.reverse,
-        chunks=plan.chunks,
-        longest=plan.padded.shape[1],
-        threads=torch.get_num_threads(),
-        heading=plan.heading,
-        last=x.shape[1] - 1,
-        in_bfloat16=x.dtype == torch.bfloat16,
-        starts=plan.starts.data_ptr(),
-    )
-    for name, tensor in tensors.items():
+        "batch": x.shape[0],
+        "body": plan.body,
+        "reverse": plan.reverse,
+        "chunks": plan.chunks,
+        "longest": plan.padded.shape[1],
+        "threads": torch.get_num_threads(),
+        "heading": plan.heading,
+        "last": x.shape[1] - 1,
+        "in_bfloat16": x.dtype == torch.bfloat16,
+    }
+    places: list[int] = []
+    for name, by_rows in _BY_ROWS:
+        tensor = tensors.get(name)
         if tensor is None:
-            continue
-        if name in _ARE_ROWS:
+            places += (0, 0, 0) if by_rows else (0,)
+        elif by_rows:
             batch, row, channel = tensor.stride()
-            assert tensor.numel() == 0 or channel == 1, name
-            setattr(call, name, _Rows(tensor.data_ptr(), batch, row))
+            assert channel == 1 or tensor.numel() == 0, name
+            places += tensor.data_ptr(), batch, row
         else:
             assert tensor.is_contiguous(), name
-            setattr(call, name, tensor.data_ptr())
-    scratch = torch.empty(kernels().patchscale_scratch(ctypes.byref(call), backward), dtype=torch.float32)
-    call.scratch = scratch.data_ptr()
-    (kernels().patchscale_backward if backward else kernels().patchscale_forward)(ctypes.byref(call))
+            places.append(tensor.data_ptr())
+    integers = (numbers.get(name, 0) for name in _INTEGERS)
+    call = _CALL.pack(*integers, numbers.get("eps", 0.0), plan.starts.data_ptr(), *places)
+    scratch = torch.empty(kernels().patchscale_scratch(call, backward), dtype=torch.float32)
+    (kernels().patchscale_backward if backward else kernels().patchscale_forward)(call, scratch.data_ptr())
 
 
 @functools.cache
@@ -86,8 +74,8 @@ def kernels() -> ctypes.CDLL:
     """The library with its functions' types."""
     loaded = library()
     loaded.patchscale_scratch.restype = loaded.patchscale_call_bytes.restype = ctypes.c_int64
-    loaded.patchscale_scratch.argtypes = [ctypes.POINTER(_Call), ctypes.c_int64]
+    loaded.patchscale_scratch.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     for function in (loaded.patchscale_forward, loaded.patchscale_backward):
-        function.argtypes, function.restype = [ctypes.POINTER(_Call)], None
-    assert loaded.patchscale_call_bytes() == ctypes.sizeof(_Call)
+        function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_void_p], None
+    assert loaded.patchscale_call_bytes() == _CALL.size
     return loaded

@@ -8,6 +8,9 @@ from patchscale.ops.chunks import Plan
 from patchscale.ops.mixer_blocks import Gradients, Parameters, Sizes
 from patchscale.ops.native import calls
 
+# By their names in a Call, in the order of the parameters
+_GRADIENTS = ("dconv_weight", "dconv_bias", "ddt_bias", "dA", "dD", "dnorm_weight")
+
 
 def forward(
     sizes: Sizes,
@@ -45,9 +48,8 @@ def backward(
     dz, dxBC, ddt = sizes.split(dprojected)
     dhistory = ys.new_empty(history.shape)
     dinitial = ys.new_empty(chunked.gradient_shape(initial_state))
-    # In the order of Sums in `call.hpp`
-    lengths = [sizes.width * sizes.conv_dim, sizes.conv_dim, sizes.heads, sizes.heads, sizes.d_inner, sizes.d_inner]
-    dparameters = ys.new_zeros(torch.get_num_threads(), sum(lengths))
+    *tensors, _ = parameters
+    found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
     others = {
         "grad_final": grad_final,
         "final_state": final_state,
@@ -58,14 +60,12 @@ def backward(
         "dx": dxBC,
         "ddt": ddt,
         "dhistory": dhistory,
-        "dparameters": dparameters,
         "dinitial_state": None if initial_state is None else dinitial,
+        **dict(zip(_GRADIENTS, found, strict=True)),
     }
     given = _given(sizes, parameters, projected, history, initial_state)
     calls.run(True, plan, _sizes(sizes, parameters), given | others)
-    dtaps, dconv_bias, ddt_bias, dA, dD, dnorm_weight = (part.sum(0) for part in dparameters.split(lengths, 1))
-    dtaps = dtaps.view(sizes.width, sizes.conv_dim).t().contiguous()
-    return Gradients(dtaps, dconv_bias, ddt_bias, dA, dD.view(sizes.by_head).sum(1), dnorm_weight, dhistory, dinitial)
+    return Gradients._make([*found, dhistory, dinitial])
 
 
 def _sizes(sizes: Sizes, parameters: Parameters) -> dict[str, float]:
@@ -90,10 +90,10 @@ def _given(
         "dt": dt,
         "dt_bias": parameters.dt_bias.contiguous(),
         "A": parameters.A.contiguous(),
-        "conv_weight": parameters.taps.t().contiguous(),
+        "conv_weight": parameters.taps.contiguous(),
         "conv_bias": parameters.conv_bias.contiguous(),
         "history": history.contiguous(),
-        "D": parameters.D.repeat_interleave(sizes.headdim),
+        "D": parameters.D.contiguous(),
         "norm_weight": parameters.norm_weight.contiguous(),
         "initial_state": None if initial_state is None else initial_state.contiguous(),
     }

@@ -1,6 +1,5 @@
 """The scan in C++: `chunked.py`, with kernels in the place of blocks."""
 
-import torch
 from torch import Tensor
 
 from patchscale.ops import chunked
@@ -43,7 +42,7 @@ def backward(
     dC: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``chunked.backward``."""
-    ddt, dparameters = dt.new_empty(dt.shape), dt.new_zeros(torch.get_num_threads(), *A.shape)  # A alone
+    ddt, dA = dt.new_empty(dt.shape), A.new_empty(A.shape)
     dinitial = dt.new_empty(chunked.gradient_shape(initial_state))
     others = {
         "grad_final": grad_final,
@@ -55,11 +54,11 @@ def backward(
         "dB": dB,
         "dC": dC,
         "ddt": ddt,
-        "dparameters": dparameters,
+        "dA": dA,
         "dinitial_state": None if initial_state is None else dinitial,
     }
     calls.run(True, plan, _sizes(x, B), _given(x, dt, A, B, C, initial_state) | others)
-    return ddt, dparameters.sum(0), dinitial
+    return ddt, dA, dinitial
 
 
 def _sizes(x: Tensor, B: Tensor) -> dict[str, int]:
