@@ -37,6 +37,7 @@ def slow_mkl():
         pytest.skip("this PyTorch has no oneDNN")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "mkl_is_slow", lambda: True)
+        patch.setattr(module, "_FEWEST_MULTIPLICATIONS", 1)
         yield
 
 
@@ -146,7 +147,6 @@ def test_gradients_of_gradients(assert_near):
 @pytest.mark.parametrize(
     ("x", "weight"),
     [
-        (torch.randn(15, 32), torch.randn(8, 32)),
         (torch.randn(32), torch.randn(8, 32)),
         (torch.randn(0, 32), torch.randn(8, 32)),
         (torch.randn(64, 32, dtype=torch.float64), torch.randn(8, 32, dtype=torch.float64)),
@@ -162,6 +162,44 @@ def test_what_onednn_is_not_for_is_pytorch_s(x, weight):
     assert called.products == 0
     assert out.shape == (*x.shape[:-1], weight.shape[0])
     assert out.dtype == x.dtype
+
+
+def test_small_products_are_pytorch_s(monkeypatch):
+    monkeypatch.setattr(module, "_FEWEST_MULTIPLICATIONS", 2**14)
+    for rows, expected in ((63, 0), (64, 1)):
+        with Called() as called:
+            linear(torch.randn(rows, 32), torch.randn(8, 32))
+        assert called.products == expected
+
+
+class Gaps(TorchDispatchMode):
+    """Whether a product's second factor was one whose rows, or columns, do not follow each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in PRODUCTS:
+            weight = args[1]
+            self.found.append(not (weight.is_contiguous() or weight.t().is_contiguous()))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("slices", ["x", "weight", "grad"])
+@pytest.mark.parametrize(("inside", "out"), [(24, 40), (40, 24)])
+def test_no_product_reads_over_gaps(inside, out, slices, assert_near):
+    """oneDNN has no fast kernel for them: a layer that read some of another's channels took a second."""
+    torch.manual_seed(0)
+    shapes = {"x": (50, inside), "weight": (out, inside), "grad": (50, out)}
+    given = {k: torch.randn(n, 2 * m)[:, :m] if k == slices else torch.randn(n, m) for k, (n, m) in shapes.items()}
+    x, weight = leaves(given["x"], given["weight"])
+    with Gaps() as gaps:
+        found = gradients(linear, [x, weight], given["grad"])
+    assert gaps.found == [False] * 3
+    exact = gradients(F.linear, leaves(x.double(), weight.double()), given["grad"].double())
+    for actual, expected in zip(found, exact, strict=True):
+        assert_near(actual, expected, 1e-5)
 
 
 def test_autocast_is_kept():
