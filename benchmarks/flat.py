@@ -5,7 +5,9 @@
 
 `patchscale bench` measures one number of tokens after the other, minutes apart; the pace of a shared machine drifts by
 more than what is asked here. So all numbers take turns in every round, the small ones several times in a row, as layers
-of a training step do. What is reported is the median of rounds, over that of the number of tokens that does best.
+of a training step do. Each case is measured in several processes, since where memory happens to lie moves a process's
+small numbers by some per cent. What is reported is the median of all rounds, over that of the number of tokens that
+does best.
 By default there is one image at a time; with `--at-once` as many as make so many tokens.
 """
 
@@ -85,11 +87,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--tokens", type=int, nargs="+", default=[784, 3136, 12544, 50176, 200704])
     parser.add_argument("--at-once", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=3)
     given = parser.parse_args()
-    for name, number in (("--at-once", given.at_once), ("--rounds", given.rounds), ("--tokens", min(given.tokens))):
-        if number < 1:
-            parser.error(f"{name} is {number}, expected at least 1")
+    for name in ("at_once", "rounds", "processes", "tokens"):
+        value = getattr(given, name)
+        if (least := min(value) if isinstance(value, list) else value) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {least}, expected at least 1")
     if given.width < HEADDIM or given.width % HEADDIM:
         parser.error(f"--width is {given.width}, expected a multiple of {HEADDIM}")
     threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
@@ -104,13 +108,14 @@ def main() -> None:
             for name in (OURS, NATIVE):
                 heads = 2 * given.width // HEADDIM
                 case = {"subject": subject, "training": training, "heads": heads, "device": "cpu", "dtype": "float32"}
+                options = case, given.tokens, given.at_once, name, given.rounds, threads
                 try:
-                    times = isolated(seconds_a_token, case, given.tokens, given.at_once, name, given.rounds, threads)
+                    times = [row for _ in range(given.processes) for row in isolated(seconds_a_token, *options)]
                 except Failed as error:  # no compiler, or too little memory
                     console.print(f"{subject}, {name}: not measured: {error}", highlight=False)
                     continue
                 row = {"subject": subject, "training": training, "name": name, "width": given.width}
-                row |= {"at_once": given.at_once}
+                row |= {"at_once": given.at_once, "processes": given.processes}
                 rows.append(row | {"tokens": given.tokens, "seconds_a_token": times})
                 console.print(f"{row}: {[f'{over:+.0%}' for over in over_the_best(rows[-1])]}", highlight=False)
                 if given.out is not None:
