@@ -12,20 +12,19 @@ from torch import Tensor
 from patchscale.ops.chunks import Plan
 from patchscale.ops.native.library import library
 
-# Field by field the Call of `call.hpp`: integers, a double, the chunks' starts, and tensors: a pointer, and where only
+# Field by field the Call of `call.hpp`: integers, a double, where chunks start, and tensors: a pointer, and where only
 # channels need be consecutive the strides of samples and of rows.
 _INTEGERS = (
     "batch", "body", "reverse", "heads", "headdim", "d_state", "taps", "chunks", "longest", "threads", "heading",
     "last", "in_bfloat16",
 )  # fmt: skip
 _TENSORS = (
-    "x by rows", "B by rows", "C by rows", "z by rows", "dt by rows", "dt_bias", "A", "conv_weight", "conv_bias",
-    "history", "D", "norm_weight", "initial_state", "final_state", "states", "y by rows", "out by rows", "grad_final",
-    "dinitial_state", "dout by rows", "dz by rows", "dx by rows", "dB by rows", "dC by rows", "ddt by rows", "dhistory",
-    "dconv_weight", "dconv_bias", "ddt_bias", "dA", "dD", "dnorm_weight",
+    "x", "B", "C", "z", "dt", "dt_bias", "A", "conv_weight", "conv_bias", "history", "D", "norm_weight",
+    "initial_state", "final_state", "states", "y", "out", "grad_final", "dinitial_state", "dout", "dz", "dx", "dB",
+    "dC", "ddt", "dhistory", "dconv_weight", "dconv_bias", "ddt_bias", "dA", "dD", "dnorm_weight",
 )  # fmt: skip
-_BY_ROWS = [(field.removesuffix(" by rows"), field.endswith(" by rows")) for field in _TENSORS]
-_CALL = struct.Struct(f"={len(_INTEGERS)}qd{1 + sum(3 if by_rows else 1 for _, by_rows in _BY_ROWS)}q")
+_BY_ROWS = {"x", "B", "C", "z", "dt", "y", "out", "dout", "dz", "dx", "dB", "dC", "ddt"}
+_CALL = struct.Struct(f"={len(_INTEGERS)}qd{1 + len(_TENSORS) + 2 * len(_BY_ROWS)}q")
 
 
 def run(backward: bool, plan: Plan, sizes: Mapping[str, Any], tensors: Mapping[str, Tensor | None]) -> None:
@@ -37,6 +36,7 @@ def run(backward: bool, plan: Plan, sizes: Mapping[str, Any], tensors: Mapping[s
         sizes: heads, headdim and d_state; with a convolution taps, and with a norm eps.
         tensors: those of a Call, by name.
     """
+    assert tensors.keys() <= set(_TENSORS), tensors.keys()
     x = tensors["x"]
     assert x is not None
     numbers = {
@@ -52,11 +52,11 @@ def run(backward: bool, plan: Plan, sizes: Mapping[str, Any], tensors: Mapping[s
         "in_bfloat16": x.dtype == torch.bfloat16,
     }
     places: list[int] = []
-    for name, by_rows in _BY_ROWS:
+    for name in _TENSORS:
         tensor = tensors.get(name)
         if tensor is None:
-            places += (0, 0, 0) if by_rows else (0,)
-        elif by_rows:
+            places += (0, 0, 0) if name in _BY_ROWS else (0,)
+        elif name in _BY_ROWS:
             batch, row, channel = tensor.stride()
             assert channel == 1 or tensor.numel() == 0, name
             places += tensor.data_ptr(), batch, row
