@@ -159,19 +159,18 @@ def _forward(
     final_state, ys, states = (
         projected.new_empty(shape, dtype=work) for shape in _kept_shapes(out, sizes, kept_chunks, want_final, keep)
     )
-    with torch.autocast(projected.device.type, enabled=False):
-        (native_mixer if native else mixer_blocks).forward(
-            sizes,
-            parameters,
-            plan,
-            projected,
-            _history(history, projected, sizes),
-            None if initial_state is None else initial_state.to(work),
-            out,
-            final_state if want_final else None,
-            ys if keep else None,
-            states if kept_chunks else None,
-        )
+    (native_mixer if native else mixer_blocks).forward(
+        sizes,
+        parameters,
+        plan,
+        projected,
+        _history(history, projected, sizes),
+        None if initial_state is None else initial_state.to(work),
+        out,
+        final_state if want_final else None,
+        ys if keep else None,
+        states if kept_chunks else None,
+    )
     return out, final_state, ys, states
 
 
@@ -241,21 +240,20 @@ def _gradients(
     parameters = Parameters._make([*(_convert(t, work) for t in tensors), eps])
     want_final = final_state.ndim > 1
     dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
-    with torch.autocast(projected.device.type, enabled=False):
-        gradients = (native_mixer if native else mixer_blocks).backward(
-            sizes,
-            parameters,
-            plan,
-            projected,
-            _history(history, projected, sizes),
-            initial_state,
-            None if grad_final is None else grad_final.to(work).contiguous(),
-            None if grad_final is None else final_state,
-            ys,
-            None if is_stateless(plan.chunks, initial_state, want_final) else states,
-            grad_out,
-            dprojected,
-        )
+    gradients = (native_mixer if native else mixer_blocks).backward(
+        sizes,
+        parameters,
+        plan,
+        projected,
+        _history(history, projected, sizes),
+        initial_state,
+        None if grad_final is None else grad_final.to(work).contiguous(),
+        None if grad_final is None else final_state,
+        ys,
+        None if is_stateless(plan.chunks, initial_state, want_final) else states,
+        grad_out,
+        dprojected,
+    )
     given = *tensors, history, initial_state
     found: Any = (
         projected.new_empty(0, dtype=work) if tensor is None else _convert(gradient, tensor.dtype)

@@ -80,8 +80,9 @@ def forward(
     p, n). out, ys: (batch, length, d_inner), less a heading token. states: (batch, chunks, n, h p).
     """
     blocks = Blocks(sizes, parameters, plan, is_stateless(plan.chunks, initial_state, final_state is not None))
-    for group in plan.groups(projected.shape[0]):
-        blocks.forward(*take(group, projected, history, initial_state, out, final_state, ys, states))
+    with torch.autocast(projected.device.type, enabled=False):
+        for group in plan.groups(projected.shape[0]):
+            blocks.forward(*take(group, projected, history, initial_state, out, final_state, ys, states))
 
 
 def backward(
@@ -109,7 +110,8 @@ def backward(
     totals = [torch.zeros_like(t) for t in tensors]
     for group in plan.groups(projected.shape[0]):
         given = projected, history, grad_final, final_state, ys, states, dout, dprojected
-        gradients = blocks.backward(*take(group, *given))
+        with torch.autocast(projected.device.type, enabled=False):
+            gradients = blocks.backward(*take(group, *given))
         for total, gradient in zip(totals, gradients, strict=False):
             total += gradient
         dhistory[group] = gradients.history
