@@ -39,7 +39,7 @@ TOKENS_A_TURN = 12544
 def seconds_a_token(
     case: dict[str, Any], tokens: list[int], at_once: int, name: str, rounds: int, threads: int
 ) -> list[list[float]]:
-    """Of each round, for each number of tokens; the first round, in which memory grows to what all take, is left out."""
+    """Of each round, for each number of tokens; but of the first, in which memory grows to what all take."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     cases = [Case(tokens=number, batch=max(1, at_once // number), **case) for number in tokens]
