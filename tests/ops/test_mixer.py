@@ -365,7 +365,7 @@ def test_flop_counter_sees_the_heading_token():
         out, _ = mix_tokens(**inputs, heading=True)
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
-    pairs, states = 2 * (192 * 64 + 1), 2 * 193 * 32 * 16
+    pairs, states = 2 * (128 * 64 + 65 * 65), 2 * 193 * 32 * 16
     products, inside = pairs * 16, pairs * 32
     assert forward.get_total_flops() == 2 * (products + inside + 2 * states)
     assert backward.get_total_flops() == 2 * (3 * products + 2 * inside + 4 * states)

@@ -447,14 +447,13 @@ def matrix_flops(
     chunk_size: int,
     initial: Any,
     want_final: bool,
-    heading: bool = False,
 ) -> tuple[int, int, int]:
     """FLOPs of the chunks' products: C B^T (all heads at once), scores times x, and a pass over the states.
 
     initial: None if there is no initial state.
     """
     batch, length, heads, headdim = x_shape
-    bounds = chunk_bounds(length, reverse, suffix, chunk_size, heading)
+    bounds = chunk_bounds(length, reverse, suffix, chunk_size)
     pairs = batch * sum((stop - start) ** 2 for start, stop in bounds)
     states = 0 if is_stateless(len(bounds), initial, want_final) else 2 * batch * length * heads * headdim * d_state
     return 2 * pairs * d_state, 2 * pairs * heads * headdim, states

@@ -24,7 +24,6 @@ class Block(NamedTuple):
     place: int  # among the blocks, counted as tokens stand
     first: int  # its first chunk's number, likewise
     reverse: bool
-    heading: bool  # whether it is the token that stands last and is scanned first, see ``mix_tokens``
     seen: Tensor  # (t, s): 1 where s is not after t in scan order, else 0
     unseen: Tensor  # the opposite, as truth values
 
@@ -48,7 +47,6 @@ class Plan(NamedTuple):
 
     reverse: bool  # whether tokens are scanned from the right,
     body: int  # as far as these are concerned
-    heading: bool  # whether the last token is scanned first
     chunks: int
     blocks: tuple[Block, ...]  # in scan order
     block_tokens: tuple[int, ...]  # how many tokens and chunks the blocks have, as tokens stand
@@ -61,11 +59,6 @@ class Plan(NamedTuple):
     starts: Tensor  # (chunks + 1,), on the CPU: the places in the scan where they start, and its length
     samples: int  # of a batch at a time
 
-    @property
-    def tokens_with_output(self) -> tuple[int, ...]:
-        """Of the blocks, as tokens stand."""
-        return self.block_tokens[:-1] if self.heading else self.block_tokens
-
     def groups(self, batch: int) -> list[slice]:
         """Of samples, in so large a batch."""
         return [slice(s, min(s + self.samples, batch)) for s in range(0, batch, self.samples)]
@@ -76,16 +69,15 @@ def plan(
     length: int,
     reverse: bool,
     suffix: int,
-    heading: bool,
     chunk_size: int,
     samples: int,
     chunks_per_block: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Plan:
-    """Cut a sequence; a suffix that follows a reversed body has chunks of its own, as has a heading token."""
-    bounds = chunk_bounds(length, reverse, suffix, chunk_size, heading)
-    runs = cut_into_runs(length, reverse, suffix, heading, chunk_size, chunks_per_block)
+    """Cut a sequence; a suffix that follows a reversed body has chunks of its own."""
+    bounds = chunk_bounds(length, reverse, suffix, chunk_size)
+    runs = cut_into_runs(length, reverse, suffix, chunk_size, chunks_per_block)
     order = [i for run in runs for i in run.chunks]
     preceding = torch.empty(len(bounds) + 1, dtype=torch.long)
     for i, j in itertools.pairwise([len(bounds), *order, len(bounds)]):
@@ -111,13 +103,11 @@ def plan(
             seen[run.size, run.reverse] = ones.triu() if run.reverse else ones.tril()
         mask = seen[run.size, run.reverse]
         start, stop = bounds[first][0], bounds[max(run.chunks)][1]
-        rest = run.reverse, run.heading, mask, mask == 0
-        blocks.append(Block(start, stop, len(run.chunks), places[first], first, *rest))
+        blocks.append(Block(start, stop, len(run.chunks), places[first], first, run.reverse, mask, mask == 0))
     standing = sorted(blocks, key=lambda block: block.start)
     return Plan(
         reverse,
-        length - heading - suffix if reverse else length - heading,
-        heading,
+        length - suffix if reverse else length,
         len(bounds),
         tuple(blocks),
         tuple(block.stop - block.start for block in standing),
@@ -132,15 +122,8 @@ def plan(
     )
 
 
-def chunk_bounds(
-    length: int, reverse: bool, suffix: int, chunk_size: int, heading: bool = False
-) -> list[tuple[int, int]]:
-    """(start, stop) of the chunks: all of one size but the body's last, which takes what is left, and a suffix's.
-
-    heading: the last token is a chunk of its own.
-    """
-    if heading:
-        return [*chunk_bounds(length - 1, reverse, suffix, chunk_size), (length - 1, length)]
+def chunk_bounds(length: int, reverse: bool, suffix: int, chunk_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of the chunks: all of one size but the body's last, which takes what is left, and a suffix's."""
     body = length - suffix if reverse else length
     starts = [chunk_size * i for i in range(_number_of_chunks(body, chunk_size))]
     bounds = [*itertools.pairwise([*starts, body])]
@@ -157,20 +140,17 @@ class Run(NamedTuple):
     chunks: list[int]  # their numbers, in scan order
     size: int  # of each
     reverse: bool
-    heading: bool
 
 
-def cut_into_runs(length: int, reverse: bool, suffix: int, heading: bool, chunk_size: int, most: int) -> list[Run]:
+def cut_into_runs(length: int, reverse: bool, suffix: int, chunk_size: int, most: int) -> list[Run]:
     """In scan order: chunks that are alike and stand side by side, at most so many at a time."""
-    bounds = chunk_bounds(length, reverse, suffix, chunk_size, heading)
-    body = length - heading - suffix
-    from_right = [reverse and stop <= body for _, stop in bounds]
-    order = [len(bounds) - 1] if heading else []
-    order += [i for i in reversed(range(len(bounds))) if from_right[i]]
-    order += [i for i in range(len(bounds) - heading) if not from_right[i]]
+    bounds = chunk_bounds(length, reverse, suffix, chunk_size)
+    from_right = [reverse and stop <= length - suffix for _, stop in bounds]
+    order = [i for i in reversed(range(len(bounds))) if from_right[i]]
+    order += [i for i in range(len(bounds)) if not from_right[i]]
 
-    def kind(i: int) -> tuple[int, bool, bool]:
-        return bounds[i][1] - bounds[i][0], from_right[i], heading and i == order[0]
+    def kind(i: int) -> tuple[int, bool]:
+        return bounds[i][1] - bounds[i][0], from_right[i]
 
     runs: list[Run] = []
     for alike, group in itertools.groupby(order, kind):
@@ -196,13 +176,13 @@ def is_one_chunk(length: int) -> bool:
     return _number_of_chunks(length, DEFAULT_CHUNK_SIZE) == 1
 
 
-def cut(
-    x: Tensor, heads: int, headdim: int, reverse: bool, suffix: int, chunk_size: int, heading: bool = False
-) -> Plan:
-    """The plan of (batch, length, ...) tokens; a block of a group of samples fits the cache."""
-    batch, length = x.shape[:2]
-    sizes = group_and_block(batch, length, heads * headdim, chunk_size)
-    return plan(length, reverse, suffix, heading, chunk_size, *sizes, work_dtype(x), x.device)
+def cut(x: Tensor, length: int, width: int, reverse: bool, suffix: int, chunk_size: int) -> Plan:
+    """The plan of so many of the tokens (batch, length, ...); a block of a group of samples fits the cache.
+
+    width: heads * headdim.
+    """
+    sizes = group_and_block(x.shape[0], length, width, chunk_size)
+    return plan(length, reverse, suffix, chunk_size, *sizes, work_dtype(x), x.device)
 
 
 def group_and_block(batch: int, length: int, width: int, chunk_size: int) -> tuple[int, int]:

@@ -118,7 +118,7 @@ def _causal_conv1d_backward(
             dwindow, dtaps, dblock_bias = convolve_backward(dpre, window, taps)
             dweight += dtaps.flip(1) if from_right else dtaps
             dbias += dblock_bias
-            dblock, dafter = gradients_of_window(dwindow, dafter, from_right)
+            dblock, dafter = gradients_of_window(dwindow, dafter, befores[i].shape[1], from_right)
             dx[group, tokens] = dblock
         dhistory[group] = dafter
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dhistory
@@ -168,7 +168,8 @@ def _cut(x: Tensor, reverse: bool, suffix: int) -> tuple[list[slice], list[tuple
 def window_of(block: Tensor, before: Tensor, reverse: bool, out: Tensor | None = None) -> Tensor:
     """What the convolution of a block reads, as tokens stand: (batch, tokens + width - 1, channels).
 
-    ``before`` (batch, width - 1, channels) are the tokens before this block, in scan order.
+    ``before`` (batch, width - 1 at least, channels) are the tokens before this block, in scan order: of more than
+    width - 1, the last of them are convolved as well.
     """
     parts = [block, before.flip(1)] if reverse else [before, block]
     if out is None:
@@ -186,14 +187,17 @@ def tokens_before_next(block: Tensor, before: Tensor, reverse: bool) -> Tensor:
     return block[:, :reach].flip(1) if reverse else block[:, block.shape[1] - reach :]
 
 
-def gradients_of_window(dwindow: Tensor, dafter: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of a block and of the tokens before it, from those of its window and of the tokens before the next."""
+def gradients_of_window(dwindow: Tensor, dafter: Tensor, before: int, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of a block and of the tokens before it, from those of its window and of the tokens before the next.
+
+    before: how many tokens there are before it.
+    """
     reach, total = dafter.shape[1], dwindow.shape[1]
     if reverse:
         dwindow[:, :reach] += dafter.flip(1)
-        return dwindow[:, : total - reach], dwindow[:, total - reach :].flip(1)
+        return dwindow[:, : total - before], dwindow[:, total - before :].flip(1)
     dwindow[:, total - reach :] += dafter
-    return dwindow[:, reach:], dwindow[:, :reach].clone()
+    return dwindow[:, before:], dwindow[:, :before].clone()
 
 
 def convolve(window: Tensor, taps: Tensor, bias: Tensor) -> Tensor:

@@ -151,18 +151,20 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Out, the final state, and with ``keep`` the scan's output and the states at chunk boundaries (else empty)."""
     sizes, work = Sizes(conv_weight, A, norm_weight), work_dtype(projected)
-    plan = cut(projected, *sizes.by_head, reverse, suffix, chunk_size, heading)
+    apart = _is_apart(heading, native)
+    plan = cut(projected, projected.shape[1] - apart, sizes.d_inner, reverse, suffix, chunk_size)
     tensors = conv_weight, conv_bias, dt_bias, A, D, norm_weight
     parameters = Parameters._make([*(_convert(t, work) for t in tensors), eps])
     out = projected.new_empty(projected.shape[0], projected.shape[1] - heading, sizes.d_inner)
-    kept_chunks = plan.chunks if keep and not is_stateless(plan.chunks, initial_state, want_final) else 0
-    final_state, ys, states = (
-        projected.new_empty(shape, dtype=work) for shape in _kept_shapes(out, sizes, kept_chunks, want_final, keep)
-    )
+    stateless = is_stateless(plan.chunks + apart, initial_state, want_final)
+    kept_chunks = plan.chunks + apart if keep and not stateless else 0
+    shapes = _kept_shapes(projected, sizes, apart, kept_chunks, want_final, keep)
+    final_state, ys, states = (projected.new_empty(shape, dtype=work) for shape in shapes)
     (native_mixer if native else mixer_blocks).forward(
         sizes,
         parameters,
         plan,
+        heading,
         projected,
         _history(history, projected, sizes),
         None if initial_state is None else initial_state.to(work),
@@ -179,12 +181,19 @@ def _convert(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _kept_shapes(out: Tensor, sizes: Sizes, chunks: int, want_final: bool, keep: bool) -> list[tuple[int, ...]]:
+def _is_apart(heading: bool, native: bool) -> bool:
+    """Whether there is a heading token that is no token of the plan, but a chunk of its own, as the kernels have it."""
+    return heading and native
+
+
+def _kept_shapes(
+    projected: Tensor, sizes: Sizes, apart: bool, chunks: int, want_final: bool, keep: bool
+) -> list[tuple[int, ...]]:
     """Of the final state, of the scan's output and of the states; empty where not wanted."""
-    batch = out.shape[0]
+    batch, length, _ = projected.shape
     return [
         (batch, sizes.heads, sizes.headdim, sizes.d_state) if want_final else (0,),
-        tuple(out.shape) if keep else (0,),
+        (batch, length - apart, sizes.d_inner) if keep else (0,),
         (batch, chunks, sizes.d_state, sizes.d_inner),
     ]
 
@@ -205,10 +214,12 @@ def _(
     reverse, suffix, heading, eps, chunk_size, native, want_final, keep,
 ):  # fmt: skip
     sizes, work = Sizes(conv_weight, A, norm_weight), work_dtype(projected)
-    chunks = len(chunk_bounds(projected.shape[1], reverse, suffix, chunk_size, heading))
+    apart = _is_apart(heading, native)
+    chunks = len(chunk_bounds(projected.shape[1] - apart, reverse, suffix, chunk_size)) + apart
     kept_chunks = chunks if keep and not is_stateless(chunks, initial_state, want_final) else 0
     out = projected.new_empty(projected.shape[0], projected.shape[1] - heading, sizes.d_inner)
-    return out, *(projected.new_empty(s, dtype=work) for s in _kept_shapes(out, sizes, kept_chunks, want_final, keep))
+    shapes = _kept_shapes(projected, sizes, apart, kept_chunks, want_final, keep)
+    return out, *(projected.new_empty(s, dtype=work) for s in shapes)
 
 
 def _gradients(
@@ -235,7 +246,8 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first nine tensors of the forward, each in its dtype (empty for an absent one)."""
     sizes, work = Sizes(conv_weight, A, norm_weight), work_dtype(projected)
-    plan = cut(projected, *sizes.by_head, reverse, suffix, chunk_size, heading)
+    apart = _is_apart(heading, native)
+    plan = cut(projected, projected.shape[1] - apart, sizes.d_inner, reverse, suffix, chunk_size)
     tensors = conv_weight, conv_bias, dt_bias, A, D, norm_weight
     parameters = Parameters._make([*(_convert(t, work) for t in tensors), eps])
     want_final = final_state.ndim > 1
@@ -244,13 +256,14 @@ def _gradients(
         sizes,
         parameters,
         plan,
+        heading,
         projected,
         _history(history, projected, sizes),
         initial_state,
         None if grad_final is None else grad_final.to(work).contiguous(),
         None if grad_final is None else final_state,
         ys,
-        None if is_stateless(plan.chunks, initial_state, want_final) else states,
+        None if is_stateless(plan.chunks + apart, initial_state, want_final) else states,
         grad_out,
         dprojected,
     )
@@ -331,8 +344,8 @@ def _scan_flops(projected_shape, conv_shape, A_shape, norm_shape, *options) -> t
 
 @register_flop_formula(torch.ops.patchscale.mix_tokens)
 def _forward_flops(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *args, out_shape=None, **kw) -> int:
-    _, initial, reverse, suffix, heading, _, chunk_size, _, want_final, _ = args
-    options = reverse, suffix, chunk_size, initial, want_final, heading
+    _, initial, reverse, suffix, _, _, chunk_size, _, want_final, _ = args
+    options = reverse, suffix, chunk_size, initial, want_final
     products, inside, states = _scan_flops(projected, conv_weight, A, norm_weight, *options)
     return products + inside + 2 * states
 
@@ -341,8 +354,8 @@ def _forward_flops(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight
 def _backward_flops(
     grad_out, grad_final, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *args, out_shape=None, **kw
 ) -> int:
-    _, initial, final, _, _, reverse, suffix, heading, _, chunk_size, _ = args
-    options = reverse, suffix, chunk_size, initial, len(final) > 1, heading
+    _, initial, final, _, _, reverse, suffix, _, _, chunk_size, _ = args
+    options = reverse, suffix, chunk_size, initial, len(final) > 1
     products, inside, states = _scan_flops(projected, conv_weight, A, norm_weight, *options)
     return 3 * products + 2 * inside + 4 * states
 
@@ -358,26 +371,25 @@ def workspace_bytes(
     stateless: bool,
     reverse: bool,
     suffix: int,
-    heading: bool,
 ) -> int:
     """Memory that the plain implementation needs while it runs, beside what it is given and gives; within a tenth.
 
     Args:
         batch: samples.
-        length: tokens.
+        length: tokens, a heading token among them.
         d_inner: channels of x.
         heads: of the scan.
         d_state: state size.
         itemsize: bytes of a number in the working precision.
         backward: of the backward pass.
         stateless: neither initial nor final states; see :func:`patchscale.ops.chunks.is_stateless`.
-        reverse, suffix, heading: see :func:`mix_tokens`.
+        reverse, suffix: see :func:`mix_tokens`.
     """
     conv_dim = d_inner + 2 * d_state
     size, n = min(DEFAULT_CHUNK_SIZE, length), 0 if stateless else d_state
     samples, most_chunks = group_and_block(batch, length, d_inner, DEFAULT_CHUNK_SIZE)
     # Buffers stay for every length of a block.
-    runs = cut_into_runs(length, reverse, suffix, heading, DEFAULT_CHUNK_SIZE, most_chunks)
+    runs = cut_into_runs(length, reverse, suffix, DEFAULT_CHUNK_SIZE, most_chunks)
     blocks = {(len(run.chunks), run.size): len(run.chunks) * run.size for run in runs}.values()
     buffers = 2 * d_inner + d_inner * n // size + 2 * d_state + size  # y, rows of x and of states, B, C and products
     rooms = 2 * d_inner + conv_dim  # silu and gated, and the convolution's window

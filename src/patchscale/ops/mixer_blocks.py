@@ -66,6 +66,7 @@ def forward(
     sizes: Sizes,
     parameters: Parameters,
     plan: Plan,
+    heading: bool,
     projected: Tensor,
     history: Tensor,
     initial_state: Tensor | None,
@@ -76,10 +77,12 @@ def forward(
 ) -> None:
     """Write out and, where they are wanted, the final state, the scan's output and the states at chunk boundaries.
 
-    projected: (batch, length, channels). history: (batch, width - 1, conv_dim). initial_state, final_state: (batch, h,
-    p, n). out, ys: (batch, length, d_inner), less a heading token. states: (batch, chunks, n, h p).
+    projected: (batch, length, channels); with ``heading`` its last token is scanned first, for the plan stands on that
+    side of the others, and has no output. history: (batch, width - 1, conv_dim). initial_state, final_state: (batch, h,
+    p, n). out: (batch, length, d_inner), less a heading token. ys: (batch, length, d_inner), in the plan's order.
+    states: (batch, chunks, n, h p).
     """
-    blocks = Blocks(sizes, parameters, plan, is_stateless(plan.chunks, initial_state, final_state is not None))
+    blocks = Blocks(sizes, parameters, plan, heading, is_stateless(plan.chunks, initial_state, final_state is not None))
     with torch.autocast(projected.device.type, enabled=False):
         for group in plan.groups(projected.shape[0]):
             blocks.forward(*take(group, projected, history, initial_state, out, final_state, ys, states))
@@ -89,6 +92,7 @@ def backward(
     sizes: Sizes,
     parameters: Parameters,
     plan: Plan,
+    heading: bool,
     projected: Tensor,
     history: Tensor,
     initial_state: Tensor | None,
@@ -103,7 +107,7 @@ def backward(
 
     final_state: None if it was not wanted. states: None if there are none.
     """
-    blocks = Blocks(sizes, parameters, plan, states is None)
+    blocks = Blocks(sizes, parameters, plan, heading, states is None)
     dhistory = torch.empty_like(history, dtype=ys.dtype)
     dinitial = ys.new_empty(chunked.gradient_shape(initial_state))
     *tensors, _ = parameters
@@ -123,8 +127,13 @@ def backward(
 class Blocks:
     """The work on groups of samples, a block of tokens at a time."""
 
-    def __init__(self, sizes: Sizes, parameters: Parameters, plan: Plan, stateless: bool) -> None:
+    def __init__(self, sizes: Sizes, parameters: Parameters, plan: Plan, heading: bool, stateless: bool) -> None:
         self.sizes, self.parameters, self.plan, self.stateless = sizes, parameters, plan, stateless
+        self.heading = heading
+        # How many tokens of a block, as they stand, have an output; and where a heading token stands for the plan.
+        first = plan.blocks[0].place if heading else None
+        self.tokens_with_output = [size - (place == first) for place, size in enumerate(plan.block_tokens)]
+        self.place_of_heading = plan.body - 1 if plan.reverse else 0
         self.flipped_taps = parameters.taps.flip(1)
         self.rooms: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
@@ -145,22 +154,20 @@ class Blocks:
         scan = chunked.Scan(decays, sizes.headdim, sizes.d_state)
         if initial_state is not None:
             scan.begin(initial_state)
-        before = history
-        zs, xBCs = (t.split(plan.block_tokens, 1) for t in (z, xBC))
-        outs = out.split(plan.tokens_with_output, 1)
-        kept_ys = None if ys is None else ys.split(plan.tokens_with_output, 1)
+        zs, xBCs = self._by_block(z), self._by_block(xBC)
+        outs = out.split(self.tokens_with_output, 1)
+        kept_ys = None if ys is None else ys.split(plan.block_tokens, 1)
         kept_states = None if states is None else states.split(plan.block_chunks, 1)
+        befores = self._befores(xBCs, history)
         for i, block in enumerate(plan.blocks):
-            window = self._window(xBCs[block.place], before, block.reverse)
-            before = tokens_before_next(xBCs[block.place], before, block.reverse)
+            window = self._window(xBCs[block.place], befores[i], block.reverse)
             x, B, C = sizes.split_conv(F.silu(self._convolve(window, block.reverse), inplace=True))
-            y = self._room("y", x.shape[:2]) if kept_ys is None or block.heading else kept_ys[block.place]
+            y = self._room("y", x.shape[:2]) if kept_ys is None else kept_ys[block.place]
             block_states = None if kept_states is None else kept_states[block.place]
             pass_on = final_state is not None or i + 1 < len(plan.blocks)
             scan.forward(i, x, B, C, y.unflatten(2, sizes.by_head), block_states, pass_on)
-            if block.heading:
-                continue
-            _, gated, scale = self._gate(y, x, zs[block.place])
+            with_output = self._with_output(i)
+            _, gated, scale = self._gate(y[:, with_output], x[:, with_output], zs[block.place])
             torch.mul(gated.mul_(scale), self.parameters.norm_weight, out=outs[block.place])
         if final_state is not None:
             final_state.copy_(scan.final_state())
@@ -184,14 +191,13 @@ class Blocks:
         decays = Decays(F.softplus(steps), parameters.A, plan, self.stateless)
         scan = chunked.Scan(decays, sizes.headdim, sizes.d_state)
         scan.begin_backward(grad_final)
-        zs, xBCs, dzs, dxBCs = (t.split(plan.block_tokens, 1) for t in (z, xBC, dz, dxBC))
-        kept_ys, douts = (t.split(plan.tokens_with_output, 1) for t in (ys, dout))
+        zs, xBCs, dzs, dxBCs = (self._by_block(t) for t in (z, xBC, dz, dxBC))
+        kept_ys, douts = ys.split(plan.block_tokens, 1), dout.split(self.tokens_with_output, 1)
         kept_states = None if states is None else states.split(plan.block_chunks, 1)
-        befores = [history]
-        for block in plan.blocks:
-            befores.append(tokens_before_next(xBCs[block.place], befores[-1], block.reverse))
+        befores = self._befores(xBCs, history)
         # Of a block's last tokens, from the next one's convolution
-        dafter = torch.zeros_like(history, dtype=decays.dt.dtype)
+        work = decays.dt.dtype
+        dafter = torch.zeros_like(history, dtype=work)
         dtaps, dconv_bias, dnorm_weight = (
             torch.zeros_like(t) for t in (parameters.taps, parameters.conv_bias, parameters.norm_weight)
         )
@@ -202,13 +208,13 @@ class Blocks:
             pre = self._convolve(window, block.reverse)
             act, dact = (self._room(name, pre.shape[:2], sizes.conv_dim) for name in ("act", "dact"))
             x, B, C = sizes.split_conv(torch.ops.aten.silu.out(pre, out=act))
-            if block.heading:  # no output depends on it
-                y = dy = self._room("gated", x.shape[:2]).zero_()
-                dzs[block.place].zero_()
-            else:
-                y, block_dout = kept_ys[block.place], douts[block.place].to(decays.dt.dtype)
-                dy, dweight = self._gate_backward(block_dout, y, x, zs[block.place], dzs[block.place])
-                dnorm_weight += dweight
+            y, block_dout, with_output = kept_ys[block.place], douts[block.place].to(work), self._with_output(i)
+            dy, dweight = self._gate_backward(
+                block_dout, y[:, with_output], x[:, with_output], zs[block.place], dzs[block.place]
+            )
+            dnorm_weight += dweight
+            if self.heading and i == 0:  # nothing depends on its output
+                dy = F.pad(dy, (0, 0, 0, 1) if block.reverse else (0, 0, 1, 0))
             dx, dB, dC = sizes.split_conv(dact)
             dy, y = dy.view(x.shape), y.unflatten(2, sizes.by_head)
             block_states = None if kept_states is None else kept_states[block.place]
@@ -224,17 +230,51 @@ class Blocks:
             dwindow, dblock_taps, dblock_bias = convolve_backward(dpre, window, taps)
             dtaps += dblock_taps.flip(1) if block.reverse else dblock_taps
             dconv_bias += dblock_bias
-            dblock, dafter = gradients_of_window(dwindow, dafter, block.reverse)
+            dblock, dafter = gradients_of_window(dwindow, dafter, befores[i].shape[1], block.reverse)
             dxBCs[block.place].copy_(dblock)
+        dhistory, dheading = dafter.split([history.shape[1], self.heading], 1)
+        if self.heading:
+            dxBCs[-1].copy_(dheading)
+            dzs[-1].zero_()
         gradient, dA, dinitial = scan.end_backward()
         dsteps = gradient.mul_(torch.sigmoid(steps))
-        ddt.copy_(dsteps)
+        ddt.copy_(self._as_they_stand(dsteps))
         dD = dD.view(sizes.by_head).sum(1)
-        return Gradients(dtaps, dconv_bias, dsteps.sum((0, 1)), dA, dD, dnorm_weight, dafter, dinitial)
+        return Gradients(dtaps, dconv_bias, dsteps.sum((0, 1)), dA, dD, dnorm_weight, dhistory, dinitial)
 
     def _steps(self, dt: Tensor) -> Tensor:
-        """Before softplus, (b, length, h)."""
-        return dt.to(self.parameters.dt_bias.dtype) + self.parameters.dt_bias
+        """Before softplus, (b, length, h), in the plan's order."""
+        steps = dt.to(self.parameters.dt_bias.dtype) + self.parameters.dt_bias
+        if not self.heading:
+            return steps
+        place = self.place_of_heading
+        return torch.cat([steps[:, :place], steps[:, -1:], steps[:, place:-1]], 1)
+
+    def _as_they_stand(self, values: Tensor) -> Tensor:
+        """(b, length, h) from the plan's order."""
+        if not self.heading:
+            return values
+        place = self.place_of_heading
+        return torch.cat([values[:, :place], values[:, place + 1 :], values[:, place : place + 1]], 1)
+
+    def _by_block(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Those of each block, as blocks stand; then a heading token."""
+        return tokens.split([*self.tokens_with_output, *[1] * self.heading], 1)
+
+    def _befores(self, xBCs: tuple[Tensor, ...], history: Tensor) -> list[Tensor]:
+        """For each block in scan order, what the convolution meets before its tokens: a heading token, too."""
+        reach = history.shape[1]
+        befores = [torch.cat([history, xBCs[-1]], 1) if self.heading else history]
+        for block in self.plan.blocks[:-1]:
+            last = befores[-1][:, befores[-1].shape[1] - reach :]
+            befores.append(tokens_before_next(xBCs[block.place], last, block.reverse))
+        return befores
+
+    def _with_output(self, i: int) -> slice:
+        """The tokens of block i in the plan's order but the heading token."""
+        if not self.heading or i:
+            return slice(None)
+        return slice(-1) if self.plan.blocks[0].reverse else slice(1, None)
 
     def _room(self, name: str, tokens: tuple[int, ...], channels: int | None = None) -> Tensor:
         """(*tokens, d_inner or channels), the same memory whenever asked: what was just in use is in the cache."""

@@ -119,7 +119,7 @@ def _ssd_scan(
     _, _, heads, headdim = x.shape
     work = work_dtype(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    plan = cut(x, heads, headdim, reverse, suffix, chunk_size)
+    plan = cut(x, x.shape[1], heads * headdim, reverse, suffix, chunk_size)
     final_state = torch.empty(_final_shape(x, B, want_final), dtype=work, device=x.device)
     stateless = is_stateless(plan.chunks, initial_state, want_final)
     kept_chunks = plan.chunks if keep_states and not stateless else 0
@@ -184,7 +184,7 @@ def _ssd_scan_backward(
     work = work_dtype(x)
     _, _, heads, headdim = x.shape
     dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, B, C))
-    plan = cut(x, heads, headdim, reverse, suffix, chunk_size)
+    plan = cut(x, x.shape[1], heads * headdim, reverse, suffix, chunk_size)
     with torch.autocast(x.device.type, enabled=False):
         ddt, dA, dinitial = (native_scan if native else chunked).backward(
             plan,

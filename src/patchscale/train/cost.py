@@ -329,11 +329,11 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
     d_inner, heads = norm_weight.shape[0], A.shape[0]
     d_state = (conv_weight.shape[0] - d_inner) // 2
     itemsize = torch.promote_types(projected.dtype, torch.float32).itemsize
-    reverse, suffix, heading, _, chunk_size = options
-    chunks = len(chunk_bounds(length, reverse, suffix, chunk_size, heading))
+    reverse, suffix, _, _, chunk_size = options
+    chunks = len(chunk_bounds(length, reverse, suffix, chunk_size))
     stateless = is_stateless(chunks, initial_state, want_final)
     sizes = batch, length, d_inner, heads, d_state, itemsize
-    return workspace_bytes(*sizes, backward, stateless, reverse, suffix, heading)
+    return workspace_bytes(*sizes, backward, stateless, reverse, suffix)
 
 
 def _kind(func: Any, flops: int) -> str:

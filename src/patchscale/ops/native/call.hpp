@@ -35,11 +35,11 @@ using Rows = RowsOf<float>;
 // What a caller hands over; calls.py fills it, field by field. A pointer may be null where that is said.
 struct Call {
     int64_t batch, body, reverse, heads, headdim, d_state, taps, chunks, longest, threads;
-    int64_t heading;      // 1 if the token that stands last is scanned first, and has no output
+    int64_t heading;      // 1 if the token that stands last is scanned first, a chunk of its own without output
     int64_t last;         // where it stands
     int64_t in_bfloat16;  // x, z, dt, out, their gradients and history; what is float32 otherwise, like all else
     double eps;
-    const int64_t* starts;     // of chunks in scan order: first place; and the length
+    const int64_t* starts;     // of chunks in scan order, a heading token aside: first place; and the length
     Tensor3 x, B, C, z;        // x: x, B and C as they enter the convolution, if there is one; z: null without a gate
     Tensor3 dt;                // (batch, length, heads): step sizes; with a dt_bias, before it and softplus
     const float *dt_bias, *A;  // (heads,); dt_bias may be null
@@ -209,8 +209,8 @@ struct Chunk {
     Chunk(const Call& p, long sample, long number)
         : sample(sample),
           number(number),
-          start(p.starts[number]),
-          size(p.starts[number + 1] - start),
+          start(number < p.heading ? 0 : p.heading + p.starts[number - p.heading]),
+          size(number < p.heading ? 1 : p.heading + p.starts[number - p.heading + 1] - start),
           token(token_at(p, start)),
           step(size > 1 && token_at(p, start + 1) < token ? -1 : 1),
           heading(p.heading && number == 0) {}

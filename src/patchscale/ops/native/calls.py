@@ -33,7 +33,8 @@ def run(backward: bool, plan: Plan, sizes: Mapping[str, Any], tensors: Mapping[s
     Args:
         backward: or forward.
         plan: of the tokens.
-        sizes: heads, headdim and d_state; with a convolution taps, and with a norm eps.
+        sizes: heads, headdim and d_state; with a convolution taps, with a norm eps; and heading, if there is such a
+            token beside those of the plan.
         tensors: those of a Call, by name.
     """
     assert tensors.keys() <= set(_TENSORS), tensors.keys()
@@ -44,10 +45,9 @@ def run(backward: bool, plan: Plan, sizes: Mapping[str, Any], tensors: Mapping[s
         "batch": x.shape[0],
         "body": plan.body,
         "reverse": plan.reverse,
-        "chunks": plan.chunks,
+        "chunks": plan.chunks + sizes.get("heading", 0),
         "longest": plan.padded.shape[1],
         "threads": torch.get_num_threads(),
-        "heading": plan.heading,
         "last": x.shape[1] - 1,
         "in_bfloat16": x.dtype == torch.bfloat16,
     }

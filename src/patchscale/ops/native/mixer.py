@@ -16,6 +16,7 @@ def forward(
     sizes: Sizes,
     parameters: Parameters,
     plan: Plan,
+    heading: bool,
     projected: Tensor,
     history: Tensor,
     initial_state: Tensor | None,
@@ -24,16 +25,20 @@ def forward(
     ys: Tensor | None,
     states: Tensor | None,
 ) -> None:
-    """See ``mixer_blocks.forward``; states are kept in an order that only the kernels read."""
+    """See ``mixer_blocks.forward``; states are kept in an order that only the kernels read.
+
+    A heading token is not in the plan, nor in ys.
+    """
     written = {"out": out, "final_state": final_state, "y": ys, "states": states}
     given = _given(sizes, parameters, projected, history, initial_state)
-    calls.run(False, plan, _sizes(sizes, parameters), given | written)
+    calls.run(False, plan, _sizes(sizes, parameters, heading), given | written)
 
 
 def backward(
     sizes: Sizes,
     parameters: Parameters,
     plan: Plan,
+    heading: bool,
     projected: Tensor,
     history: Tensor,
     initial_state: Tensor | None,
@@ -64,16 +69,17 @@ def backward(
         **dict(zip(_GRADIENTS, found, strict=True)),
     }
     given = _given(sizes, parameters, projected, history, initial_state)
-    calls.run(True, plan, _sizes(sizes, parameters), given | others)
+    calls.run(True, plan, _sizes(sizes, parameters, heading), given | others)
     return Gradients._make([*found, dhistory, dinitial])
 
 
-def _sizes(sizes: Sizes, parameters: Parameters) -> dict[str, float]:
+def _sizes(sizes: Sizes, parameters: Parameters, heading: bool) -> dict[str, float]:
     return {
         "heads": sizes.heads,
         "headdim": sizes.headdim,
         "d_state": sizes.d_state,
         "taps": sizes.width,
+        "heading": heading,
         "eps": parameters.eps,
     }
 
