@@ -204,7 +204,7 @@ def as_call(case: Case, candidate: Candidate) -> Callable[[], Tensor]:
         y = differentiate(case, candidate, candidate.function, candidate.inputs)
         if candidate.optimizer is not None:
             candidate.optimizer.step()
-        _forget_gradients(candidate.inputs, candidate.parameters)
+        forget_gradients(candidate.inputs, candidate.parameters)
         return y.detach()
 
     return train if case.training else forward
@@ -213,15 +213,15 @@ def as_call(case: Case, candidate: Candidate) -> Callable[[], Tensor]:
 def differentiate(
     case: Case, candidate: Candidate, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]
 ) -> Tensor:
-    """Forward and backward; gradients are left where autograd leaves them."""
-    _forget_gradients(inputs, candidate.parameters)
+    """Forward and backward; gradients are left where autograd leaves them, added to those that are there."""
     with case.autocast:
         y = function(*inputs)
     y.backward(_output_gradient(tuple(y.shape), y.dtype, y.device))
     return y
 
 
-def _forget_gradients(inputs: tuple[Tensor, ...], parameters: list[nn.Parameter]) -> None:
+def forget_gradients(inputs: tuple[Tensor, ...], parameters: list[nn.Parameter]) -> None:
+    """Set them to None."""
     for t in (*inputs, *parameters):
         t.grad = None
 

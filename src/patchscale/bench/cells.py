@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from patchscale.bench.cases import DTYPES, OURS, Candidate, Case, as_call, differentiate
+from patchscale.bench.cases import DTYPES, OURS, Candidate, Case, as_call, differentiate, forget_gradients
 from patchscale.bench.measure import (
     Ceilings,
     Failed,
@@ -124,6 +124,7 @@ def comparable_result(case: Case, made: Candidate) -> list[Tensor] | None:
             return [made.comparable(*inputs)]
     output = differentiate(case, made, made.comparable, inputs).detach()
     gradient = inputs[0].grad
+    forget_gradients(inputs, made.parameters)
     return [output] if gradient is None else [output, gradient]
 
 

@@ -77,8 +77,8 @@ def forward(
 ) -> None:
     """Write out and, where they are wanted, the final state, the scan's output and the states at chunk boundaries.
 
-    projected: (batch, length, channels); with ``heading`` its last token is scanned first, for the plan stands on that
-    side of the others, and has no output. history: (batch, width - 1, conv_dim). initial_state, final_state: (batch, h,
+    projected: (batch, length, channels); with ``heading`` its last token is scanned first, stands accordingly in the
+    plan's order, and has no output. history: (batch, width - 1, conv_dim). initial_state, final_state: (batch, h,
     p, n). out: (batch, length, d_inner), less a heading token. ys: (batch, length, d_inner), in the plan's order.
     states: (batch, chunks, n, h p).
     """

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -29,7 +29,7 @@ def resolve_device(name: str | None) -> torch.device:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """bfloat16 matrix products for ``bf16-mixed``; parameters, decays, states and the loss stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
 
 
 def emulates_bfloat16(device: torch.device) -> bool:
