@@ -14,8 +14,9 @@ folder=$out/model && bench model --tokens 196,784,4096,16384 --width 256,768 --p
 flat() { "${PYTHON:-python3}" benchmarks/flat.py "$@" | tee "$folder.txt"; }
 folder=$out/flat && flat --out "$folder"
 folder=$out/flat-batch && flat --at-once 12544 --out "$folder"
-# A call at 200,704 tokens takes a minute at width 768.
 folder=$out/flat-wide && flat --width 768 --tokens 784 3136 12544 50176 --out "$folder"
+# A call at 200,704 tokens takes a minute at width 768.
+folder=$out/flat-wide-long && flat --width 768 --tokens 784 12544 200704 --processes 1 --rounds 2 --out "$folder"
 folder=$out/tiny && bench model --model adventurer_tiny_patch16_224,adventurer_tiny_patch1_224 --peers native,products-kept \
     --repeats 3 --out "$folder"
 folder=$out/linear && bench model --tokens 4096 --width 256,768 --peers default-linear --out "$folder"
