@@ -55,7 +55,6 @@ class Plan(NamedTuple):
     padded: Tensor  # (chunk, place in scan order): the token there, or the length where there is none
     place: Tensor  # (token,): where it stands in ``padded``, flattened
     chunk_of: Tensor  # (token,)
-    factor_range: Tensor  # (chunk,): the log-decay up to which factors serve
     starts: Tensor  # (chunks + 1,), on the CPU: the places in the scan where they start, and its length
     samples: int  # of a batch at a time
 
@@ -76,50 +75,50 @@ def plan(
     device: torch.device,
 ) -> Plan:
     """Cut a sequence; a suffix that follows a reversed body has chunks of its own."""
-    bounds = chunk_bounds(length, reverse, suffix, chunk_size)
-    runs = cut_into_runs(length, reverse, suffix, chunk_size, chunks_per_block)
-    order = [i for run in runs for i in run.chunks]
-    preceding = torch.empty(len(bounds) + 1, dtype=torch.long)
-    for i, j in itertools.pairwise([len(bounds), *order, len(bounds)]):
-        preceding[j] = i
+    with torch.device("cpu"):  # whatever the caller's default is
+        bounds = chunk_bounds(length, reverse, suffix, chunk_size)
+        runs = cut_into_runs(length, reverse, suffix, chunk_size, chunks_per_block)
+        order = [i for run in runs for i in run.chunks]
+        preceding = torch.empty(len(bounds) + 1, dtype=torch.long)
+        for i, j in itertools.pairwise([len(bounds), *order, len(bounds)]):
+            preceding[j] = i
 
-    padded = torch.full((len(bounds), max((e - s for s, e in bounds), default=1)), length)
-    chunk_of = torch.empty(length, dtype=torch.long)
-    for run in runs:
-        for i in run.chunks:
-            tokens = torch.arange(*bounds[i])
-            padded[i, : run.size] = tokens.flip(0) if run.reverse else tokens
-            chunk_of[tokens] = i
-    place = torch.empty(length + 1, dtype=torch.long)
-    place[padded.flatten()] = torch.arange(padded.numel())
+        padded = torch.full((len(bounds), max((e - s for s, e in bounds), default=1)), length)
+        chunk_of = torch.empty(length, dtype=torch.long)
+        for run in runs:
+            for i in run.chunks:
+                tokens = torch.arange(*bounds[i])
+                padded[i, : run.size] = tokens.flip(0) if run.reverse else tokens
+                chunk_of[tokens] = i
+        place = torch.empty(length + 1, dtype=torch.long)
+        place[padded.flatten()] = torch.arange(padded.numel())
 
-    seen: dict[tuple[int, bool], Tensor] = {}
-    blocks = []
-    places = {first: place for place, first in enumerate(sorted(min(run.chunks) for run in runs))}
-    for run in runs:
-        first = min(run.chunks)
-        if (run.size, run.reverse) not in seen:
-            ones = torch.ones(run.size, run.size, dtype=dtype, device=device)
-            seen[run.size, run.reverse] = ones.triu() if run.reverse else ones.tril()
-        mask = seen[run.size, run.reverse]
-        start, stop = bounds[first][0], bounds[max(run.chunks)][1]
-        blocks.append(Block(start, stop, len(run.chunks), places[first], first, run.reverse, mask, mask == 0))
-    standing = sorted(blocks, key=lambda block: block.start)
-    return Plan(
-        reverse,
-        length - suffix if reverse else length,
-        len(bounds),
-        tuple(blocks),
-        tuple(block.stop - block.start for block in standing),
-        tuple(block.chunks for block in standing),
-        preceding.to(device),
-        padded.to(device),
-        place[:length].to(device),
-        chunk_of.to(device),
-        torch.tensor([_factor_range(e - s, dtype) for s, e in bounds], device=device),
-        torch.tensor([0, *itertools.accumulate(bounds[i][1] - bounds[i][0] for i in order)]),
-        samples,
-    )
+        seen: dict[tuple[int, bool], Tensor] = {}
+        blocks = []
+        places = {first: place for place, first in enumerate(sorted(min(run.chunks) for run in runs))}
+        for run in runs:
+            first = min(run.chunks)
+            if (run.size, run.reverse) not in seen:
+                ones = torch.ones(run.size, run.size, dtype=dtype, device=device)
+                seen[run.size, run.reverse] = ones.triu() if run.reverse else ones.tril()
+            mask = seen[run.size, run.reverse]
+            start, stop = bounds[first][0], bounds[max(run.chunks)][1]
+            blocks.append(Block(start, stop, len(run.chunks), places[first], first, run.reverse, mask, mask == 0))
+        standing = sorted(blocks, key=lambda block: block.start)
+        return Plan(
+            reverse,
+            length - suffix if reverse else length,
+            len(bounds),
+            tuple(blocks),
+            tuple(block.stop - block.start for block in standing),
+            tuple(block.chunks for block in standing),
+            preceding.to(device),
+            padded.to(device),
+            place[:length].to(device),
+            chunk_of.to(device),
+            torch.tensor([0, *itertools.accumulate(bounds[i][1] - bounds[i][0] for i in order)]),
+            samples,
+        )
 
 
 def chunk_bounds(length: int, reverse: bool, suffix: int, chunk_size: int) -> list[tuple[int, int]]:
@@ -194,13 +193,3 @@ def group_and_block(batch: int, length: int, width: int, chunk_size: int) -> tup
 
 def work_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _factor_range(size: int, dtype: torch.dtype) -> float:
-    """The log-decay of a chunk of so many tokens up to which it may be cut into factors: 120 in float32.
-
-    The factors then stay within exp(60) either way, 1e26, so that what they multiply may be 1e11 times as large as 1
-    and as small. A gradient of a decay is a difference of numbers that know nothing of that decay, and loses as many
-    digits as it has: hence no more than 8 a token.
-    """
-    return min(1.35 * math.log(torch.finfo(dtype).max), 8.0 * size)

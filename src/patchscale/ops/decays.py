@@ -14,6 +14,19 @@ from torch import Tensor
 
 from patchscale.ops.chunks import Plan
 
+# A token's log-decay up to which factors serve. The gradient of a decay is a difference of numbers that know nothing of
+# it, and loses as many digits as it has; it is then multiplied by that token's step, which is large among small ones.
+_STEEPEST = 8.0
+
+
+def _factor_range(dtype: torch.dtype) -> float:
+    """The log-decay of a chunk up to which it may be cut into factors: 120 in float32.
+
+    The factors then stay within exp(60) either way, 1e26, so that what they multiply may be 1e11 times as large as 1
+    and as small.
+    """
+    return 1.35 * math.log(torch.finfo(dtype).max)
+
 
 class Decays:
     """Factors of the decays of a group of samples.
@@ -34,11 +47,13 @@ class Decays:
         # Sums of log-decays in float64: an error in them is a relative error of what they multiply. There are few.
         exact = torch.float32 if dt.device.type == "mps" else torch.float64
         log_decay = F.pad(dt.to(exact) * A.to(exact), (0, 0, 0, 1))
-        cs = log_decay[:, plan.padded].cumsum(2)  # (b, chunks, Q, h)
+        log_decay = log_decay[:, plan.padded]  # (b, chunks, Q, h)
+        cs = log_decay.cumsum(2)
         total = cs[:, :, -1]  # (b, chunks, h)
         self.cs = cs.flatten(1, 2)[:, plan.place]
 
-        strong = (total < -plan.factor_range[:, None]).any(0)  # (chunks, h)
+        strong = (total < -_factor_range(dt.dtype)) | (log_decay.amin(2) < -_STEEPEST)
+        strong = strong.any(0)  # (chunks, h)
         self.strong_in = strong if bool(strong.any()) else None
         middle = total / 2
         left = total - middle  # from S to H'

@@ -47,11 +47,12 @@ void work_out_decays(const Call& p, const Chunk& chunk, const Worker& w, bool ba
         }
     sum_log_decays(p, chunk.size, own.dt, own.cs);
 
-    const double range = std::min(1.35 * std::log(double(FLT_MAX)), 8.0 * chunk.size);  // as chunks.py has it
+    const double range = 1.35 * std::log(double(FLT_MAX)), steepest = 8.0;  // as decays.py has them
     bool any_strong = false;
     for (long h = 0; h < heads; h++) {
         const double total = own.cs[count - heads + h];
         own.strong[h] = total < -range;
+        for (long i = h; i < count; i += heads) own.strong[h] |= own.dt[i] * p.A[h] < -steepest;
         any_strong |= own.strong[h];
         // The G of a strong head is H, and its S is H'.
         own.middle[h] = own.strong[h] ? 0 : total / 2;
