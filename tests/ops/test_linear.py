@@ -297,3 +297,22 @@ def test_which_processors(monkeypatch, processor, slow):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert mkl_is_slow.__wrapped__() == slow
+
+
+@pytest.mark.parametrize("shape", [(30,), (2, 30), (2, 3, 30)])
+def test_the_result_may_be_written_over(shape, assert_near):
+    x, weight, expected = torch.randn(*shape, 24), *2 * (nn.Parameter(torch.randn(40, 24)),)
+    out = linear(x, weight)
+    out += 1
+    (found,) = torch.autograd.grad(F.relu(out, inplace=True).sum(), weight)
+    (wanted,) = torch.autograd.grad(F.relu(F.linear(x, expected) + 1).sum(), expected)
+    assert_near(found, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["every second", "expanded", "one for all", "a row"])
+def test_biases_of_any_layout(layout, assert_near):
+    numbers = torch.randn(80)
+    biases = {"every second": numbers[::2], "expanded": numbers[:1].expand(40), "one for all": numbers[:1]}
+    bias = biases.get(layout, numbers[None, :40])
+    x, weight = torch.randn(30, 24), torch.randn(40, 24)
+    assert_near(linear(x, weight, bias), F.linear(x, weight, bias), 1e-6)

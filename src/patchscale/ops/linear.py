@@ -71,7 +71,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and is_plain(weight)
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and (bias is None or bias.dtype == torch.float32)
+        and (bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1]))
         and x.ndim > 1
         and x.shape[-1] == weight.shape[1]
         and x.numel() * weight.shape[0] >= _FEWEST_MULTIPLICATIONS
@@ -83,7 +83,10 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # At a weight with gaps between its rows, or between its columns, oneDNN is a thousand times slower.
     if not weight.is_contiguous() and weight.stride() != (1, weight.shape[0]):
         weight = weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    bias = None if bias is None else bias.contiguous()  # its stride would not be looked at
+    out = torch.ops.mkldnn._linear_pointwise.default(x.flatten(0, -2), weight, bias, "none", [], "")
+    # What autograd took for a view could not be written over.
+    return out if x.ndim == 2 else torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0]))
 
 
 class _OneDNN(torch.autograd.Function):
