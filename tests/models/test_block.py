@@ -210,3 +210,16 @@ def test_widths_that_are_no_whole_heads_are_refused(embed_dim, headdim, expand, 
 def test_meta_device_and_dtype_reach_every_parameter():
     b = Block(32, 64, 64, 2, True, 0.1, device=torch.device("meta"), dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in b.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_the_convolution_s_bias_need_not_be_a_parameter():
+    module = block()
+    x = torch.randn(2, 197, 8, dtype=torch.float64)
+    values = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    assert torch.equal(torch.func.functional_call(module, values, x), module(x))
+
+
+def test_the_dtype_under_autocast_does_not_depend_on_how_many_tokens_there_are():
+    mixer = block().mixer.float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert {mixer(torch.randn(1, tokens, 8)).dtype for tokens in (50, 500, 1500)} == {torch.bfloat16}

@@ -172,8 +172,9 @@ def test_non_contiguous_inputs(reverse, assert_near):
         assert_near(actual, value, 1e-10, name)
 
 
-def test_bfloat16_is_summed_in_float32(assert_near):
-    inputs = draw(50, dtype=torch.bfloat16)
+@pytest.mark.parametrize("length", [50, 200])  # from 128 rows on in oneDNN
+def test_bfloat16_is_summed_in_float32(length, assert_near):
+    inputs = draw(length, dtype=torch.bfloat16)
     exact = causal_conv1d_reference(**{k: v.double() for k, v in inputs.items()})
     with torch.autocast("cpu", torch.bfloat16):
         out = causal_conv1d(**inputs)
@@ -246,3 +247,28 @@ def test_empty_in_empty_out(shape):
     inputs = draw(9)
     del inputs["history"]
     assert causal_conv1d(**inputs | {"x": torch.zeros(shape, dtype=torch.float64)}).shape == shape
+
+
+def test_float32_stays_so_under_autocast(assert_near):
+    inputs = draw(200, dtype=torch.float32)
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in inputs.items()}
+    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = causal_conv1d(**leaves)
+        out.square().sum().backward()
+    causal_conv1d_reference(**exact).square().sum().backward()
+    for name, leaf in leaves.items():
+        assert_near(leaf.grad, exact[name].grad, 1e-5, name)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+def test_no_tokens(implementation):
+    inputs = draw(9) | {"x": torch.zeros(2, 0, 5, dtype=torch.float64)}
+    del inputs["history"]
+    assert causal_conv1d(**inputs, implementation=implementation).shape == (2, 0, 5)
+
+
+def test_tangents_are_refused():
+    inputs = draw(9)
+    with pytest.raises(UserError, match="causal_conv1d has no forward-mode derivative"):
+        torch.func.jvp(lambda x: causal_conv1d(**inputs | {"x": x}), (inputs["x"],), (inputs["x"],))

@@ -386,6 +386,9 @@ def test_empty_in_empty_out(shape):
         ("projected", (2, 9, 38), "38 channels"),
         ("projected", (2, 39), "(batch, length, channels)"),
         ("conv_weight", (25, 4), "conv_weight 25"),
+        ("conv_weight", (24, 1, 4), "(channels, width)"),
+        ("A", (), "(heads,)"),
+        ("A", (0,), "A 0"),
         ("conv_bias", (1,), "(24,)"),
         ("dt_bias", (1,), "(3,)"),
         ("D", (4,), "(3,)"),
@@ -419,3 +422,9 @@ def test_options_out_of_range_are_named(options, words):
 def test_no_heading_token_to_be_had():
     with pytest.raises(UserError, match="no tokens"):
         mix_tokens(**draw(0), heading=True)
+
+
+def test_tangents_are_refused():
+    inputs = draw(9)
+    with pytest.raises(UserError, match="mix_tokens has no forward-mode derivative"):
+        torch.func.jvp(lambda p: mix_tokens(**inputs | {"projected": p})[0], *2 * ((inputs["projected"],),))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchscale import UserError
-from patchscale.ops import ssd_scan
+from patchscale.ops import chunks, ssd_scan
 from patchscale.ops.reference import scan_order, ssd_scan_reference
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
@@ -269,6 +269,19 @@ def test_gradient_of_A_under_strong_decay(reverse, assert_near):
     assert_near(result["grad of A"], expected["grad of A"], 1e-4)
 
 
+# A token that decays by exp(-48) and more among others that hardly do: the sums that its gradient is a difference of
+# are as large as theirs, and its step, which multiplies what is left of them, a thousand times larger.
+@pytest.mark.parametrize(("step", "rate", "others"), [(3.0, 16.0, 0.05), (20.0, 5.0, 0.001), (100.0, 1.0, 0.001)])
+def test_gradient_of_A_where_one_token_decays_strongly(step, rate, others, assert_near):
+    inputs = draw(197, headdim=64, d_state=16, dtype=torch.float32)
+    inputs["dt"] = torch.full_like(inputs["dt"], others)
+    inputs["dt"][:, 70] = step
+    inputs["A"] = torch.full_like(inputs["A"], -rate)
+    expected = truth(inputs)
+    for name, value in scan_and_gradients(ssd_scan, inputs).items():
+        assert_near(value, expected[name], 1e-5, name)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_steps_of_zero_between_strong_decays(dtype, tolerance, reverse, assert_near):
@@ -483,9 +496,10 @@ def test_options_out_of_range_are_named(options, words):
         ssd_scan(**draw(5), **options)
 
 
-def test_an_empty_sequence_keeps_the_state():
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+def test_an_empty_sequence_keeps_the_state(implementation):
     inputs = draw(0)
-    y, state = ssd_scan(**inputs)
+    y, state = ssd_scan(**inputs, implementation=implementation)
     assert y.shape == inputs["x"].shape
     assert torch.equal(state, inputs["initial_state"])
 
@@ -494,3 +508,25 @@ def test_an_empty_batch_is_an_empty_result():
     y, state = ssd_scan(**draw(5, batch=0))
     assert y.shape == (0, 5, 2, 4)
     assert state.shape == (0, 2, 4, 6)
+
+
+def test_a_default_device_is_not_where_the_plan_lies():
+    inputs = draw(73)
+    expected = ssd_scan(**inputs, chunk_size=9)[0]
+    chunks.plan.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(ssd_scan(**inputs, chunk_size=9)[0], expected)
+
+
+def test_tangents_are_refused_but_by_the_reference(assert_near):
+    inputs = draw(20)
+    direction = torch.randn_like(inputs["x"])
+
+    def y(x, implementation):
+        return ssd_scan(**inputs | {"x": x}, implementation=implementation)[0]
+
+    with pytest.raises(UserError, match="ssd_scan has no forward-mode derivative"):
+        torch.func.jvp(lambda x: y(x, "torch"), (inputs["x"],), (direction,))
+    _, tangent = torch.func.jvp(lambda x: y(x, "reference"), (inputs["x"],), (direction,))
+    without_skip = {k: v for k, v in inputs.items() if k not in ("x", "initial_state")}
+    assert_near(tangent, ssd_scan(direction, **without_skip)[0], 1e-10)  # the scan is linear in x

@@ -153,8 +153,7 @@ class Mamba2Mixer(nn.Module):
         pair = decay_and_state(
             (block[..., self.d_inner :] for block in blocks),
             befores[turn],
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.get_parameter("bias"),
+            *self._convolution(),
             self.dt_bias,
             -torch.exp(self.A_log.to(state.dtype)),
             self.d_state,
@@ -176,10 +175,17 @@ class Mamba2Mixer(nn.Module):
         _, xBC, dt = mean.split([self.d_inner, self.conv_dim, self.nheads], dim=-1)
         work = torch.promote_types(dt.dtype, torch.float32)
         # Nothing comes before the mean token: of the convolution it meets the last tap alone.
-        met = F.silu(xBC * self.conv1d.weight[:, 0, -1] + self.conv1d.get_parameter("bias"))
+        taps, bias = self._convolution()
+        met = F.silu(xBC * taps[:, -1] + bias)
         x, B, _ = met[:, 0].to(work).split([self.d_inner, self.d_state, self.d_state], dim=-1)
         written = x.unflatten(-1, (self.nheads, self.headdim)) * F.softplus(dt.to(work) + self.dt_bias)[:, 0, :, None]
         return F.pad(xBC, (0, 0, CONV_WIDTH - 2, 0)), written[..., None] * B[:, None, None]
+
+    def _convolution(self) -> tuple[Tensor, Tensor]:
+        """Taps (channels, width) and bias, be they parameters or what a wrapper puts in their place."""
+        bias = self.conv1d.bias
+        assert bias is not None
+        return self.conv1d.weight.squeeze(1), bias
 
     def _mix(
         self,
@@ -193,8 +199,7 @@ class Mamba2Mixer(nn.Module):
     ) -> tuple[Tensor, Any]:
         return mix_tokens(
             projected,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.get_parameter("bias"),
+            *self._convolution(),
             self.dt_bias,
             -torch.exp(self.A_log.to(torch.promote_types(projected.dtype, torch.float32))),
             self.D,
@@ -211,7 +216,7 @@ class Mamba2Mixer(nn.Module):
     def _stream(self, u: Tensor, history: Tensor, state: Tensor, reverse: bool, suffix: int = 0) -> Tensor:
         """The same as one pass over all tokens, in little memory: some tokens of some samples at a time."""
         batch, length, _ = u.shape
-        out = torch.empty_like(u)
+        out = torch.empty_like(u, dtype=history.dtype)  # as in_proj has it, under autocast too
         samples = _samples_at_a_time(u)
         for group in (slice(s, s + samples) for s in range(0, batch, samples)):
             before, group_state = history[group], state[group]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchscale.errors import UserError
-from patchscale.ops.dispatch import choose_implementation
+from patchscale.ops.dispatch import choose_implementation, refuse_forward_mode
 from patchscale.ops.reference import causal_conv1d_reference
 
 # Elements of one block: 1 MiB in float32, found best on two cores with 1 MiB of L2 each.
@@ -61,6 +61,7 @@ def causal_conv1d(
         raise UserError(f"suffix is {suffix}, expected 0 to the length, {x.shape[1]}")
 
     chosen = choose_implementation(implementation, x.device, x.dtype).implementation
+    refuse_forward_mode("causal_conv1d", chosen)
     if chosen == "triton":
         from patchscale.ops.triton.conv import causal_conv1d as triton_conv
 
@@ -84,7 +85,8 @@ def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, history: Tensor, rev
         for tokens, from_right in blocks:
             window = window_of(x[group, tokens], before, from_right).to(work)
             before = tokens_before_next(x[group, tokens], before, from_right)
-            pre = convolve(window, flipped if from_right else weight, bias)
+            with torch.autocast(x.device.type, enabled=False):
+                pre = convolve(window, flipped if from_right else weight, bias)
             out[group, tokens] = F.silu(pre, inplace=True)
     return out
 
@@ -114,7 +116,9 @@ def _causal_conv1d_backward(
             tokens, from_right = blocks[i]
             window = window_of(x[group, tokens], befores[i], from_right).to(work)
             taps = flipped if from_right else work_weight
-            dpre = torch.ops.aten.silu_backward(grad[group, tokens].to(work), convolve(window, taps, work_bias))
+            with torch.autocast(x.device.type, enabled=False):
+                pre = convolve(window, taps, work_bias)
+            dpre = torch.ops.aten.silu_backward(grad[group, tokens].to(work), pre)
             dwindow, dtaps, dblock_bias = convolve_backward(dpre, window, taps)
             dweight += dtaps.flip(1) if from_right else dtaps
             dbias += dblock_bias

@@ -84,6 +84,19 @@ def is_traced() -> bool:
     )
 
 
+def refuse_forward_mode(operator: str, implementation: str) -> None:
+    """Raise where a tangent is wanted: an operator's own gradients are for the backward, and tangents would be lost.
+
+    Raises:
+        UserError: forward-mode differentiation is on, and the implementation is not the reference.
+    """
+    if torch.autograd.forward_ad._current_level >= 0 and implementation != "reference":
+        raise UserError(
+            f"{operator} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad) in the "
+            f"implementation {implementation!r}; choose 'reference', or differentiate backwards"
+        )
+
+
 def is_watched() -> bool:
     """Whether operators are traced, or seen by a dispatch mode, such as a FLOP counter."""
     return is_traced() or torch._C._len_torch_dispatch_stack() > 0

@@ -23,7 +23,7 @@ from patchscale.ops.chunks import (
     work_dtype,
 )
 from patchscale.ops.conv import tokens_before_next
-from patchscale.ops.dispatch import choose_implementation, is_plain, is_watched
+from patchscale.ops.dispatch import choose_implementation, is_plain, is_watched, refuse_forward_mode
 from patchscale.ops.mixer_blocks import Parameters, Sizes
 from patchscale.ops.native import mixer as native_mixer
 from patchscale.ops.reference import mix_tokens_reference
@@ -79,13 +79,20 @@ def mix_tokens(
     Raises:
         UserError: shapes that do not fit, or an unknown implementation.
     """
+    ranks = (
+        ("projected", projected, 3, "(batch, length, channels)"),
+        ("conv_weight", conv_weight, 2, "(channels, width)"),
+        ("A", A, 1, "(heads,)"),
+        ("norm_weight", norm_weight, 1, "(d_inner,)"),
+    )
+    for name, required, rank, words in ranks:
+        if required.ndim != rank:
+            raise UserError(f"{name} has shape {tuple(required.shape)}, expected {words}")
     d_inner, heads = norm_weight.shape[0], A.shape[0]
-    if projected.ndim != 3:
-        raise UserError(f"projected has shape {tuple(projected.shape)}, expected (batch, length, channels)")
     batch, length, channels = projected.shape
     conv_dim = conv_weight.shape[0]
     d_state = (conv_dim - d_inner) // 2
-    if d_inner % heads or channels != d_inner + conv_dim + heads or d_inner + 2 * d_state != conv_dim:
+    if not heads or d_inner % heads or channels != d_inner + conv_dim + heads or d_inner + 2 * d_state != conv_dim:
         raise UserError(
             f"projected has {channels} channels, conv_weight {conv_dim}, norm_weight {d_inner} and A {heads}; expected "
             "d_inner + 2 d_state in conv_weight, and d_inner and one a head more in projected"
@@ -110,6 +117,7 @@ def mix_tokens(
     sizes = Sizes(conv_weight, A, norm_weight)
     of_kernels = {"heads": heads, "headdim": sizes.headdim, "d_state": d_state, "taps": sizes.width}
     chosen = choose_implementation(implementation, projected.device, projected.dtype, **of_kernels).implementation
+    refuse_forward_mode("mix_tokens", chosen)
     if chosen == "triton":
         from patchscale.ops.triton.mixer import mix_tokens as triton_mix
 

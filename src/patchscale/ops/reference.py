@@ -31,6 +31,8 @@ def ssd_scan_reference(
     h = x.new_zeros(batch, heads, headdim, B.shape[2], dtype=state_dtype)
     if initial_state is not None:
         h = h + initial_state
+    if not length:
+        return x.clone(), h
     y: list[Tensor] = [x] * length
     for t in scan_order(length, reverse, suffix):
         x_t, dt_t = x[:, t].to(state_dtype), dt[:, t].to(state_dtype)
@@ -55,6 +57,8 @@ def causal_conv1d_reference(
     if history is None:
         history = x.new_zeros(x.shape[0], width - 1, x.shape[2])
     seen = [history[:, i].to(work) for i in range(width - 1)]
+    if not x.shape[1]:
+        return x.clone()
     y: list[Tensor] = [x] * x.shape[1]
     for t in scan_order(x.shape[1], reverse, suffix):
         seen.append(x[:, t].to(work))

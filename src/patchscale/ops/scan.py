@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 from patchscale.errors import UserError
 from patchscale.ops import chunked
 from patchscale.ops.chunks import DEFAULT_CHUNK_SIZE, chunk_bounds, cut, is_stateless, work_dtype
-from patchscale.ops.dispatch import choose_implementation
+from patchscale.ops.dispatch import choose_implementation, refuse_forward_mode
 from patchscale.ops.native import scan as native_scan
 from patchscale.ops.reference import ssd_scan_reference
 
@@ -73,6 +73,7 @@ def ssd_scan(
 
     sizes = {"heads": heads, "headdim": headdim, "d_state": d_state}
     chosen = choose_implementation(implementation, x.device, x.dtype, **sizes).implementation
+    refuse_forward_mode("ssd_scan", chosen)
     if chosen == "triton":
         from patchscale.ops.triton.scan import ssd_scan as triton_scan
 
@@ -84,6 +85,8 @@ def ssd_scan(
             t is not None and t.requires_grad for t in (x, dt, A, B, C, initial_state)
         )
         chunk_size = chunk_size or DEFAULT_CHUNK_SIZE
+        if chosen == "native":  # its kernels read one precision
+            B, C = B.to(x.dtype), C.to(x.dtype)
         options = reverse, suffix, chunk_size, chosen == "native"
         y, state, _ = _ssd_scan(x, dt, A, B, C, initial_state, *options, final_state, differentiated)
         if D is not None:
@@ -193,7 +196,7 @@ def _ssd_scan_backward(
             A.to(work),
             B,
             C,
-            initial_state,
+            None if initial_state is None else initial_state.to(work),
             None if grad_final is None else grad_final.to(work).contiguous(),
             None if grad_final is None else final_state,
             y,

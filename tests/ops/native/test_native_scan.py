@@ -137,3 +137,41 @@ def test_other_precisions_are_named(dtype):
     inputs = draw(5) | {"x": torch.zeros(2, 5, 4, 16, dtype=dtype)}
     with pytest.raises(UserError, match=f"float32 here, not {str(dtype).removeprefix('torch.')}"):
         native(**inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_B_and_C_of_another_precision(dtype, assert_near):
+    inputs = draw(130)
+    found = and_gradients(native, inputs | {k: inputs[k].to(dtype) for k in "BC"})
+    assert found["grad of B"].dtype == dtype
+    rounded = inputs | {k: inputs[k].to(dtype).double() for k in "BC"}
+    expected = and_gradients(ssd_scan_reference, {k: v.double() for k, v in rounded.items()})
+    for name, value in found.items():
+        tolerance = 1e-4 if name == "grad of A" else 1e-5
+        assert_near(value, expected[name], 5e-3 if value.dtype == torch.bfloat16 else tolerance, name)
+
+
+def test_one_head_whose_steps_lie_apart(assert_near):
+    inputs = draw(130, heads=1, headdim=64)
+    apart = inputs["dt"].transpose(1, 2).contiguous().transpose(1, 2)[..., :1]
+    check(assert_near, inputs | {"dt": torch.stack([apart, apart], 1)[:, 0]})
+    assert torch.equal(native(**inputs | {"dt": apart})[0], native(**inputs)[0])
+
+
+# See test_scan.py.
+@pytest.mark.parametrize(("step", "rate", "others"), [(3.0, 16.0, 0.05), (20.0, 5.0, 0.001), (100.0, 1.0, 0.001)])
+def test_gradient_of_A_where_one_token_decays_strongly(step, rate, others, assert_near):
+    inputs = draw(197)
+    inputs["dt"] = torch.full_like(inputs["dt"], others)
+    inputs["dt"][:, 70] = step
+    inputs["A"] = torch.full_like(inputs["A"], -rate)
+    expected = and_gradients(ssd_scan_reference, {k: v.double() for k, v in inputs.items()})
+    for name, value in and_gradients(native, inputs).items():
+        assert_near(value, expected[name], 1e-5, name)
+
+
+def test_a_default_device_is_not_where_the_kernels_work():
+    inputs = draw(70)
+    expected = native(**inputs)[0]
+    with torch.device("meta"):
+        assert torch.equal(native(**inputs)[0], expected)

@@ -23,6 +23,7 @@ _TENSORS = (
     "initial_state", "final_state", "states", "y", "out", "grad_final", "dinitial_state", "dout", "dz", "dx", "dB",
     "dC", "ddt", "dhistory", "dconv_weight", "dconv_bias", "ddt_bias", "dA", "dD", "dnorm_weight",
 )  # fmt: skip
+_IN_BFLOAT16 = {"x", "z", "dt", "history", "out", "dout", "dz", "dx", "ddt"}  # a mixer's, if its tokens are
 _BY_ROWS = {"x", "B", "C", "z", "dt", "y", "out", "dout", "dz", "dx", "dB", "dC", "ddt"}
 _CALL = struct.Struct(f"={len(_INTEGERS)}qd{1 + len(_TENSORS) + 2 * len(_BY_ROWS)}q")
 
@@ -56,7 +57,9 @@ def run(backward: bool, plan: Plan, sizes: Mapping[str, Any], tensors: Mapping[s
         tensor = tensors.get(name)
         if tensor is None:
             places += (0, 0, 0) if name in _BY_ROWS else (0,)
-        elif name in _BY_ROWS:
+            continue
+        assert tensor.dtype == (x.dtype if name in _IN_BFLOAT16 else torch.float32), (name, tensor.dtype)
+        if name in _BY_ROWS:
             batch, row, channel = tensor.stride()
             assert channel == 1 or tensor.numel() == 0, name
             places += tensor.data_ptr(), batch, row
@@ -65,7 +68,7 @@ def run(backward: bool, plan: Plan, sizes: Mapping[str, Any], tensors: Mapping[s
             places.append(tensor.data_ptr())
     integers = (numbers.get(name, 0) for name in _INTEGERS)
     call = _CALL.pack(*integers, numbers.get("eps", 0.0), plan.starts.data_ptr(), *places)
-    scratch = torch.empty(kernels().patchscale_scratch(call, backward), dtype=torch.float32)
+    scratch = torch.empty(kernels().patchscale_scratch(call, backward), dtype=torch.float32, device="cpu")
     (kernels().patchscale_backward if backward else kernels().patchscale_forward)(call, scratch.data_ptr())
 
 

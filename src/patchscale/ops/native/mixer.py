@@ -51,7 +51,7 @@ def backward(
 ) -> Gradients:
     """See ``mixer_blocks.backward``."""
     dz, dxBC, ddt = sizes.split(dprojected)
-    dhistory = ys.new_empty(history.shape)
+    dhistory = ys.new_zeros(history.shape)  # without tokens there is nothing to write
     dinitial = ys.new_empty(chunked.gradient_shape(initial_state))
     *tensors, _ = parameters
     found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]

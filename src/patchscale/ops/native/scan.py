@@ -1,5 +1,6 @@
 """The scan in C++: `chunked.py`, with kernels in the place of blocks."""
 
+import torch
 from torch import Tensor
 
 from patchscale.ops import chunked
@@ -81,4 +82,5 @@ def _given(
 
 def _rows(tensor: Tensor) -> Tensor:
     """Its channels are consecutive: a copy where they are not."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+    # contiguous() would leave the stride of a single channel as it is.
+    return tensor if tensor.stride(2) == 1 else tensor.clone(memory_format=torch.contiguous_format)
