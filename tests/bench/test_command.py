@@ -182,27 +182,45 @@ def test_percentiles_and_slopes():
     assert slope([(1, 5.0), (10, 500.0), (100, 50000.0)]) == pytest.approx(2.0)
 
 
-def test_it_runs_in_processes_of_its_own_without_the_command_line_s_packages(tmp_path):
-    """Whole: rich, tyro and matplotlib missing, as on a machine that has PyTorch and timm alone."""
-    code = (
-        "import sys\n"
-        "for name in ('rich', 'tyro', 'matplotlib', 'transformers'): sys.modules[name] = None\n"
-        "from patchscale.bench.__main__ import main\n"
-        "if __name__ == '__main__': sys.exit(main())\n"
-    )
-    script = tmp_path / "run.py"
-    script.write_text(code)
-    options = ["ops", "--tokens", "16", "--heads", "1", "--repeats", "1", "--min-seconds", "0", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, str(script), *options, "--out", str(tmp_path / "out")],
+BARE = """
+import sys
+for name in ('rich', 'tyro', 'matplotlib', 'transformers', 'torchmetrics', 'datasets'): sys.modules[name] = None
+from patchscale.bench.__main__ import main
+if __name__ == '__main__': sys.exit(main())
+"""
+
+
+def bare(tmp_path, *options: str) -> subprocess.CompletedProcess:
+    """The command on a machine that has PyTorch, torchvision, timm and Triton alone."""
+    (tmp_path / "run.py").write_text(BARE)
+    common = ["--repeats", "1", "--min-seconds", "0", "--device", "cpu", "--out", str(tmp_path / "out")]
+    return subprocess.run(
+        [sys.executable, str(tmp_path / "run.py"), *options, *common],
         capture_output=True,
         text=True,
         timeout=120,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+
+
+def test_it_runs_in_processes_of_its_own_without_the_command_line_s_packages(tmp_path):
+    done = bare(tmp_path, "ops", "--tokens", "16", "--heads", "1")
     assert done.returncode == 0, done.stderr
     assert "scan, 1 heads, fresh decay, forward" in done.stdout
     assert "without transformers: transformers is not installed" in done.stdout
     assert "no picture: matplotlib is not installed" in done.stdout
     assert "time: conv" in done.stderr
     assert (tmp_path / "out" / "results.json").exists()
+
+
+def test_training_steps_without_the_command_line_s_packages(tmp_path):
+    done = bare(tmp_path, "train", "--model", "adventurer_tiny_patch32_64", "--peers", "vit")
+    assert done.returncode == 0, done.stderr
+    assert "training step, checkpointed" in done.stdout
+    assert "failed" not in done.stdout
+
+
+def test_an_unknown_model_without_the_command_line_s_packages(tmp_path):
+    done = bare(tmp_path, "train", "--model", "adventurer_tiny_patch7_64")
+    assert done.returncode == 2
+    assert "unknown model 'adventurer_tiny_patch7_64'" in done.stderr

@@ -6,7 +6,15 @@ import pytest
 import timm
 import torch
 
-from patchscale.models.published import PUBLISHED, SIZES, evaluation_crop, num_parameters, published_top1
+from patchscale.errors import UserError
+from patchscale.models.published import (
+    PUBLISHED,
+    SIZES,
+    check_model_name,
+    evaluation_crop,
+    num_parameters,
+    published_top1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +97,12 @@ def test_evaluation_crop(patch, image, resized):
 
 def test_widths_are_whole_heads():
     assert all(2 * size["embed_dim"] % 64 == 0 for size in SIZES.values())
+
+
+def test_an_unknown_model_is_refused_with_near_names():
+    with pytest.raises(UserError, match="adventurer_base_patch16_224"):
+        check_model_name("adventurer_base_patch16_242")
+
+
+def test_any_timm_model_is_known():
+    check_model_name("resnet18")

@@ -7,18 +7,9 @@ import torch
 
 from patchscale.data.transforms import Preprocessing
 from patchscale.errors import UserError
-from patchscale.train.build import check_model_name, create_model, make_teacher, prepare_folder
+from patchscale.train.build import create_model, make_teacher, prepare_folder
 from patchscale.train.loop import train
 from patchscale.train.recipe import Recipe
-
-
-def test_an_unknown_model_is_refused_with_near_names():
-    with pytest.raises(UserError, match="adventurer_base_patch16_224"):
-        check_model_name("adventurer_base_patch16_242")
-
-
-def test_any_timm_model_is_known():
-    check_model_name("resnet18")
 
 
 def test_arguments_that_a_model_does_not_take_are_refused():

@@ -89,6 +89,8 @@ def measure_times(case: Case, names: list[str], effort: Effort) -> Times:
                 calls.pop(name, None)
         truth = result = None
         _clean_up(case)
+        for call in calls.values():  # to compile one may have undone another
+            warm_up(call)
         seconds = time_rounds(calls, case.place, effort.min_seconds, effort.min_rounds)
         after = ceilings(case.place, dtype)
     finally:
@@ -121,11 +123,12 @@ def comparable_result(case: Case, made: Candidate) -> list[Tensor] | None:
         )
     if not case.training or case.model:
         with torch.no_grad(), case.autocast:
-            return [made.comparable(*inputs)]
-    output = differentiate(case, made, made.comparable, inputs).detach()
-    gradient = inputs[0].grad
+            return [made.comparable(*inputs).clone()]
+    output = differentiate(case, made, made.comparable, inputs)
+    # Copies: a CUDA graph writes its next results to the same places.
+    result = [t.detach().clone() for t in (output, inputs[0].grad) if t is not None]
     forget_gradients(inputs, made.parameters)
-    return [output] if gradient is None else [output, gradient]
+    return result
 
 
 def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:

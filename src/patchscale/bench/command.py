@@ -39,6 +39,7 @@ from patchscale.bench.report import (
 )
 from patchscale.errors import UserError
 from patchscale.files import make_folder
+from patchscale.models.published import check_model_name
 from patchscale.train.device import resolve_device
 
 Kind = Literal["ops", "model", "train"]
@@ -204,8 +205,6 @@ def _cases(kind: str, options: Options, device: str, dtype: str) -> list[Case]:
 
 
 def _model_cases(kind: str, name: str, common: dict[str, Any]) -> list[Case]:
-    from patchscale.train.build import check_model_name
-
     if not re.fullmatch(r"adventurer_\w+", name):
         raise UserError(f"--model is {name!r}, expected an Adventurer's, such as {_TRAINED} (`patchscale models`)")
     check_model_name(name)

@@ -1,7 +1,12 @@
 """What was published: the families' names and sizes, their checkpoints and how they are evaluated."""
 
+import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+import timm
+
+from patchscale.errors import UserError
 
 # The names: adventurer_{size}_patch{P}_{image size}. The name without an image size is the published code's, at 224.
 SIZES: dict[str, dict[str, int]] = {
@@ -181,3 +186,18 @@ PIXEL_TRANSFORMER = Family(
     "arXiv:2406.09415",
 )
 FAMILIES = (ADVENTURER, DEIT, PIXEL_TRANSFORMER)
+
+
+def check_model_name(name: str) -> None:
+    """Refuse an unknown model name, naming near ones.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if name.startswith(("hf-hub:", "local-dir:")) or timm.is_model(name):
+        return
+    own = [known for family in FAMILIES for *_, known in family.names()]
+    near = difflib.get_close_matches(name, own + timm.list_models(), n=4, cutoff=0.6)
+    near = list(dict.fromkeys(near))
+    hint = f"; did you mean {', '.join(near)}?" if near else "; `patchscale models` lists them"
+    raise UserError(f"unknown model {name!r}{hint}")

@@ -26,8 +26,9 @@ from torch import nn
 from patchscale.bench.measure import ceilings
 from patchscale.errors import UserError
 from patchscale.models.adventurer import Adventurer
+from patchscale.models.published import check_model_name
 from patchscale.models.tokens import grid_size
-from patchscale.train.build import check_model_name, create_model
+from patchscale.train.build import create_model
 from patchscale.train.cost import GPUS, RECOMPUTE, Cost, Machine, Recompute, autocast_of, blocks_of, training_cost
 from patchscale.train.device import resolve_device
 from patchscale.train.memory import largest_batch

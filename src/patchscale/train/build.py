@@ -1,7 +1,6 @@
 """From a recipe to the parts of its run: folder, data, model, task."""
 
 import atexit
-import difflib
 import multiprocessing
 import signal
 import time
@@ -23,7 +22,7 @@ from patchscale.errors import UserError, first_line
 from patchscale.files import make_folder
 from patchscale.models.adventurer import Adventurer
 from patchscale.models.backbone import Backbone
-from patchscale.models.published import FAMILIES, evaluation_crop
+from patchscale.models.published import check_model_name, evaluation_crop
 from patchscale.models.tokens import grid_size
 from patchscale.models.weight_files import fill, read_checkpoint
 from patchscale.models.weights import difference_warning, load_weights
@@ -99,21 +98,6 @@ def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
     if isinstance(model, Backbone):
         arguments["img_size"], arguments["patch_size"] = model.patch_embed.img_size, model.patch_embed.patch_size
     return model
-
-
-def check_model_name(name: str) -> None:
-    """Refuse an unknown model name, naming near ones.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    if name.startswith(("hf-hub:", "local-dir:")) or timm.is_model(name):
-        return
-    own = [known for family in FAMILIES for *_, known in family.names()]
-    near = difflib.get_close_matches(name, own + timm.list_models(), n=4, cutoff=0.6)
-    near = list(dict.fromkeys(near))
-    hint = f"; did you mean {', '.join(near)}?" if near else "; `patchscale models` lists them"
-    raise UserError(f"unknown model {name!r}{hint}")
 
 
 def recompute_blocks(model: nn.Module, keep_products: bool) -> None:

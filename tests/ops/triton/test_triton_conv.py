@@ -63,6 +63,20 @@ def test_other_widths_with_and_without_history(width, reverse, device, assert_ne
     check(assert_near, some, 1e-5, reverse=reverse, suffix=1)
 
 
+# The second sample starts more than 2^31 numbers after the first: offsets in 32 bits would be negative.
+def test_samples_far_apart(device, assert_near):
+    inputs = draw(20, dtype=torch.bfloat16, device=device)
+    expected = and_gradients(conv, inputs, reverse=True, suffix=1)
+    apart = 2**31 + 64
+    try:
+        memory = torch.empty(apart + 20 * 20, dtype=torch.bfloat16, device=device)  # of which little is touched
+    except RuntimeError:
+        pytest.skip("4.3 GB of address space are not to be had")
+    inputs["x"] = memory.as_strided((2, 20, 20), (apart, 20, 1)).copy_(inputs["x"])
+    for name, value in and_gradients(conv, inputs, reverse=True, suffix=1).items():
+        assert_near(value, expected[name], 1e-6, name)
+
+
 @pytest.mark.parametrize("enough", [1, 20])
 def test_many_blocks_of_the_backward_add_up(enough, device, monkeypatch, assert_near):
     monkeypatch.setattr("patchscale.ops.triton.tuning.ENOUGH_PROGRAMS", enough)

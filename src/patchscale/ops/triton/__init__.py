@@ -19,8 +19,7 @@ OLDEST_CAPABILITY = (8, 0)  # bfloat16 on the tensor cores
 
 def available(device: torch.device) -> str | None:
     """Why the kernels cannot run for tensors on this device, in one line; None if they can."""
-    found = importlib.util.find_spec("triton")
-    if found is None or found.origin is None:  # None too for any folder of that name
+    if not _is_installed():
         return "Triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
@@ -33,6 +32,12 @@ def available(device: torch.device) -> str | None:
             f"the Triton kernels need {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
         )
     return None
+
+
+@torch.compiler.assume_constant_result  # not every PyTorch can trace it
+def _is_installed() -> bool:
+    found = importlib.util.find_spec("triton")
+    return found is not None and found.origin is not None  # None for any folder of that name
 
 
 def unfit(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:

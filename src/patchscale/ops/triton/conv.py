@@ -59,7 +59,7 @@ def _convolve(
     sample = program // blocks
     t = (program % blocks) * TOKENS + tl.arange(0, TOKENS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    x += sample * (x_batch * UNIT)
+    x += sample * x_batch * UNIT
     history += sample * h_batch
     value = tl.zeros((TOKENS, CHANNELS), tl.float32)
     value += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
@@ -88,9 +88,9 @@ def _convolve_backward(
     program = tl.program_id(0).to(tl.int64)
     sample = program // splits
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    x += sample * (x_batch * UNIT)
+    x += sample * x_batch * UNIT
     gradient += sample * g_batch
-    dx += sample * (dx_batch * UNIT)
+    dx += sample * dx_batch * UNIT
     history += sample * h_batch
     # By how many tokens the output is ahead. Summed over tokens only after the last block.
     sum_0 = tl.zeros((TOKENS, CHANNELS), tl.float32)
