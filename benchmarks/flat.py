@@ -13,8 +13,8 @@ By default there is one image at a time; with `--at-once` as many as make so man
 
 import argparse
 import json
-import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from patchscale.bench.cases import HEADDIM, OURS, Case, as_call, ours
 from patchscale.bench.measure import Failed, isolated, preload, warm_up
 from patchscale.bench.peers import PEERS
 from patchscale.bench.report import describe_machine
+from patchscale.errors import UserError
 from patchscale.files import make_folder, write_atomically
 from patchscale.train.device import keep_freed_memory
 
@@ -96,7 +97,7 @@ def main() -> None:
             parser.error(f"--{name.replace('_', '-')} is {least}, expected at least 1")
     if given.width < HEADDIM or given.width % HEADDIM:
         parser.error(f"--width is {given.width}, expected a multiple of {HEADDIM}")
-    threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
+    threads = torch.get_num_threads()
     preload(["timm", "torch", "patchscale.bench.peers"])
     console = Console(width=150)
     machine = describe_machine(CPU, threads)
@@ -125,4 +126,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -11,7 +11,7 @@ before the step, with the same held bytes added to both, also where blocks, or a
 
 import argparse
 import json
-import os
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from rich.table import Table
 
 from patchscale.bench.measure import hand_back_freed_memory, isolated, peak_memory, preload
 from patchscale.bench.report import describe_machine
+from patchscale.errors import UserError
 from patchscale.files import make_folder, write_atomically
 from patchscale.scaling.plan import (
     Options,
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--patch-sizes", type=int, nargs="+", default=[16, 8, 4, 2, 1])
     given = parser.parse_args()
-    threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
+    threads = torch.get_num_threads()
     preload(["timm", "torch", "patchscale.scaling.plan"])
     console = Console(width=150)
     machine = describe_machine(CPU, threads)
@@ -171,4 +172,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -149,6 +149,11 @@ def test_env_names_the_implementation_of_each_operator(capsys, monkeypatch):
     monkeypatch.setenv("PATCHSCALE_OPS", "reference")
     assert main(["env"]) == 0
     assert re.search(r"ssd_scan +reference \(set by PATCHSCALE_OPS\)", capsys.readouterr().out)
+    monkeypatch.setenv("PATCHSCALE_OPS", "fast")
+    assert main(["env"]) == 2
+    printed = capsys.readouterr()
+    assert re.search(r"ssd_scan +none, see below", printed.out)
+    assert "unknown operator implementation 'fast'" in printed.err
 
 
 def test_a_wrong_model_name_offers_near_ones(capsys):

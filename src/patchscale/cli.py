@@ -204,15 +204,22 @@ def env() -> None:
         properties = torch.cuda.get_device_properties(index)
         table.add_row(f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     table.add_row("default device", str(device))
-    choice = choose_implementation(None, device)
+    refusal = None
+    try:
+        choice = choose_implementation(None, device)
+        operators = f"{choice.implementation} ({choice.reason})"
+    except UserError as e:
+        refusal, operators = e, "none, see below"
     for name in ops.DISPATCHED:
-        table.add_row(name, f"{choice.implementation} ({choice.reason})")
+        table.add_row(name, operators)
     table.add_row("gated_rms_norm", "torch (the only one)")
     library = "oneDNN, as MKL leaves this processor's AVX-512 unused" if mkl_is_slow() else "PyTorch's default"
     table.add_row("linear layers", f"float32 on CPUs: {library}")
     obstacle = native.available(torch.device("cpu"))
     table.add_row("native kernels", f"for CPUs, with PATCHSCALE_OPS=native: {obstacle or 'ready'}")
     console.out.print(table)
+    if refusal is not None:
+        raise refusal
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

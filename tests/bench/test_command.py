@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -6,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from patchscale.bench import peers
+from patchscale.bench import cells, peers
 from patchscale.bench.__main__ import main
 from patchscale.bench.cases import ours
 from patchscale.bench.command import Options, bench
-from patchscale.bench.report import percentile, slope
+from patchscale.bench.report import display, percentile, slope
 from patchscale.errors import UserError
 
 
@@ -137,6 +138,66 @@ def test_running_out_of_memory_is_said_in_its_cell_alone(tiny, peer):
     assert errors["other", 16] is None
     assert errors["patchscale", 64] is None
     assert "out of memory" in printed
+
+
+def test_nothing_measured_is_an_error_with_its_reason(tiny, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(cells, "measure_memory", fail)
+    with pytest.raises(UserError, match=r"nothing could be measured: patchscale, scan, 2 heads.*: no such luck; "):
+        tiny("ops", peers="none", tokens="16", heads="2")
+    assert (tmp_path / "out" / "results.json").exists()
+
+
+def test_an_interrupted_run_shows_and_keeps_what_it_has(tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.png").write_text("of another run")
+    measured = cells.measure_times
+
+    def interrupt(case, *arguments):
+        if case.subject == "conv":
+            raise KeyboardInterrupt
+        return measured(case, *arguments)
+
+    monkeypatch.setattr(cells, "measure_times", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tiny("ops", peers="none", tokens="16", heads="2")
+    printed = capsys.readouterr().out
+    assert "scan, 2 heads, fresh decay, forward + backward" in printed
+    assert f"wrote {tmp_path / 'out' / 'results.json'}" in printed.replace("\n", "")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {c["case"]["subject"] for c in found["cells"]} == {"scan"}
+    picture = tmp_path / "out" / "results.png"
+    assert not picture.exists() or picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_which_operators_ran_is_recorded(tiny, monkeypatch):
+    monkeypatch.setenv("PATCHSCALE_OPS", "reference")
+    _, found, printed = tiny("ops", peers="none", tokens="16", heads="2")
+    assert found["machine"]["operators"] == "reference"
+    assert "its operators in 'reference', set by PATCHSCALE_OPS" in printed
+
+
+def test_an_unknown_implementation_is_said_before_anything_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATCHSCALE_OPS", "fast")
+    assert main(["ops", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    assert "unknown operator implementation 'fast' (set by PATCHSCALE_OPS)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_number_is_cut_off_on_a_narrow_terminal(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    from patchscale import console
+
+    monkeypatch.setattr(console.out, "width", 60)
+    with display() as shown:
+        shown.table(
+            "a table", ["what", "median"] + 9 * ["a number"], [["a case of some length", "1.23 ms"] + 9 * ["4.567"]]
+        )
+    printed = capsys.readouterr().out
+    assert printed.count("4.567") == 9
+    assert "1.23 ms" in printed
 
 
 @pytest.mark.parametrize(

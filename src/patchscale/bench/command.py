@@ -40,6 +40,7 @@ from patchscale.bench.report import (
 from patchscale.errors import UserError
 from patchscale.files import make_folder
 from patchscale.models.published import check_model_name
+from patchscale.ops.dispatch import choose_implementation
 from patchscale.train.device import resolve_device
 
 Kind = Literal["ops", "model", "train"]
@@ -110,9 +111,11 @@ def bench(kind: str, options: Options | None = None) -> Report:
     if not 0 <= options.min_seconds < math.inf:
         raise UserError(f"--min-seconds is {options.min_seconds}, expected a number from 0 on")
     work = _cases(kind, options, str(device), dtype)
+    operators = choose_implementation(None, device, DTYPES[dtype])
     peers, notes = _peers(options.peers, {case.subject for case in work}, device)
     folder = options.out or Path("runs") / f"bench_{kind}_{time.strftime('%Y%m%d-%H%M%S')}"
     make_folder(folder)
+    (folder / "results.png").unlink(missing_ok=True)  # of another run
 
     effort = cells.Effort(options.threads, options.min_seconds, options.repeats)
     run = _runner(device, peers)
@@ -122,31 +125,50 @@ def bench(kind: str, options: Options | None = None) -> Report:
         report = Report(
             kind,
             asked | {"device": str(device), "dtype": dtype},
-            describe_machine(device, options.threads),
-            run(cells.machine_ceilings, str(device), dtype, options.threads),
+            describe_machine(device, options.threads) | {"operators": operators.implementation},
+            _machine_ceilings(run, device, dtype, options.threads),
             notes,
         )
         notes += _conditions(report, device, dtype)
+        notes.append(f"{OURS}: its operators in {operators.implementation!r}, {operators.reason}")
         for note in notes:
             shown.note(note)
         done, total = 0, sum(2 + len(_doing(case, peers)) for case in work)
-        for case in work:
-            done = _measure(case, _doing(case, peers), effort, run, report, shown, done, total)
-            write_json(report, folder / "results.json")  # an interrupted run keeps what it has
-        shown.progress(total, total, "")
-        shown.table(f"patchscale bench {kind}", *table(report))
-        columns, rows = growth_table(report)
-        if rows:
-            shown.table("growth with the number of tokens (1 is linear)", columns, rows)
-        for cell in report.cells:
-            if cell.error not in (None, OUT_OF_MEMORY):
-                shown.note(f"{cell.name}, {cell.case.what}: {cell.error}")
-        shown.note(f"wrote {folder / 'results.json'}")
-        if write_plot(report, folder / "results.png"):
-            shown.note(f"wrote {folder / 'results.png'}")
-        else:
-            shown.note("no picture: matplotlib is not installed (pip install matplotlib)")
+        try:
+            for case in work:
+                done = _measure(case, _doing(case, peers), effort, run, report, shown, done, total)
+                write_json(report, folder / "results.json")
+        except KeyboardInterrupt:
+            if report.cells:
+                _show(report, shown, folder)
+            raise
+        _show(report, shown, folder)
+    if not any(cell.seconds for cell in report.cells):
+        raise UserError(f"nothing could be measured: {report.cells[0].what_failed}; {folder / 'results.json'} has all")
     return report
+
+
+def _machine_ceilings(run: Callable[..., Any], device: torch.device, dtype: str, threads: int) -> Any:
+    try:
+        return run(cells.machine_ceilings, str(device), dtype, threads)
+    except Failed as e:
+        raise UserError(f"not even a matrix product can be measured with --threads {threads}: {e}") from None
+
+
+def _show(report: Report, shown: Display, folder: Path) -> None:
+    """The tables and what went wrong, on the screen; the picture, beside the results."""
+    shown.table(f"patchscale bench {report.kind}", *table(report))
+    columns, rows = growth_table(report)
+    if rows:
+        shown.table("growth with the number of tokens (1 is linear)", columns, rows)
+    for cell in report.cells:
+        if cell.error not in (None, OUT_OF_MEMORY):
+            shown.note(cell.what_failed)
+    shown.note(f"wrote {folder / 'results.json'}")
+    if write_plot(report, folder / "results.png"):
+        shown.note(f"wrote {folder / 'results.png'}")
+    else:
+        shown.note("no picture: matplotlib is not installed (pip install matplotlib)")
 
 
 def _device(name: str | None) -> torch.device:
@@ -198,7 +220,7 @@ def _cases(kind: str, options: Options, device: str, dtype: str) -> list[Case]:
         Case(subject, training, n, batches[0], h, device, dtype, decay=decay)
         for subject in _SUBJECTS[kind]
         for h in dict.fromkeys(heads)
-        for decay in (decays if subject == "scan" else DECAYS[:1])
+        for decay in (dict.fromkeys(decays) if subject == "scan" else DECAYS[:1])
         for training in (False, True)
         for n in dict.fromkeys(tokens)
     ]

@@ -8,8 +8,10 @@ import multiprocessing
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,8 +223,16 @@ def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
 def preload(modules: list[str]) -> None:
     """Have the process that :func:`isolated` forks from import these; call it before."""
     context = _context()
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(modules)
+    if context.get_start_method() != "forkserver":
+        return
+    context.set_forkserver_preload(modules)
+    # It begins to ignore interrupts, as its children do, only when it has imported all.
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def _context() -> Any:

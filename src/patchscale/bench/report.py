@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch
 
 from patchscale.bench.cases import OURS, Case
 from patchscale.bench.measure import OUT_OF_MEMORY, Ceilings
-from patchscale.files import write_atomically
+from patchscale.files import checkout, write_atomically
 
 PACKAGES = ("patchscale", "torch", "triton", "timm", "numpy", "transformers", "mamba-ssm", "causal-conv1d", "fla-core")
 
@@ -45,6 +44,11 @@ class Cell:
     agreement: float | None = None
     """Relative error against this project."""
     error: str | None = None
+
+    @property
+    def what_failed(self) -> str:
+        """And why, in one line."""
+        return f"{self.name}, {self.case.what}: {self.error}"
 
     @property
     def median(self) -> float | None:
@@ -191,17 +195,10 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """Of the checkout that this runs from, with a plus where files differ from it, or as PATCHSCALE_COMMIT says."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
     if "PATCHSCALE_COMMIT" in os.environ:
         return os.environ["PATCHSCALE_COMMIT"]
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+    found = checkout()
+    return None if found is None else found[0] + ("+" if found[1] else "")
 
 
 def write_json(report: Report, path: Path) -> None:
@@ -227,7 +224,8 @@ def write_plot(report: Report, path: Path) -> bool:
             axis = axes[row][column]
             axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=quantity, title=f"{subject}, {size}")
             axis.grid(True, which="major", alpha=0.3)
-            tokens = {c.case.tokens for key, cells in series.items() if key[0][:2] == (subject, size) for c in cells}
+            here = [c for key, cells in series.items() if key[0][:2] == (subject, size) for c in cells]
+            tokens = {c.case.tokens for c in here if c.median or c.memory}
             axis.set_xticks(sorted(tokens), [f"{n:,}" for n in sorted(tokens)], fontsize=8)
             axis.set_xticks([], minor=True)
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -357,14 +355,13 @@ class RichDisplay:
     """The same with rich."""
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.out = Console(soft_wrap=True)
-        if not self.out.is_terminal:
-            self.out.width = 220
+        from patchscale import console
+
+        self.print = console.print_whole
         columns = [BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")]
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.bar = Progress(*columns, console=console.err, transient=True)
         self.task = self.bar.add_task("", total=None)
 
     def __enter__(self) -> "RichDisplay":
@@ -376,7 +373,9 @@ class RichDisplay:
 
     def note(self, text: str) -> None:
         """See :class:`Display`."""
-        self.out.print(text, highlight=False, markup=False)
+        from rich.text import Text
+
+        self._print(Text(text))
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """See :class:`Display`."""
@@ -389,7 +388,15 @@ class RichDisplay:
             shown.add_column(column, justify="right" if numbers else "left", no_wrap=True)
         for row in rows:
             shown.add_row(*map(Text, row))
-        self.out.print(shown)
+        self._print(shown)
+
+    def _print(self, what: Any) -> None:
+        if not self.bar.console.is_terminal:
+            self.print(what)
+            return
+        self.bar.stop()  # on another stream: what is printed would be glued to it
+        self.print(what)
+        self.bar.start()
 
     def progress(self, done: int, total: int, text: str) -> None:
         """See :class:`Display`."""

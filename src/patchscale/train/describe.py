@@ -6,7 +6,6 @@ import os
 import platform
 import shlex
 import socket
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from patchscale.files import write_atomically
+from patchscale.files import checkout, write_atomically
 from patchscale.ops.dispatch import ENVIRONMENT_VARIABLE
 from patchscale.train.logs import METRICS, read_rows
 
@@ -174,20 +173,8 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """The commit of the checkout that this package runs from; None where it is installed otherwise."""
-    package = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        # An environment within a user's own repository is not a checkout of this one: git must know the package.
-        git("ls-files", "--error-unmatch", "__init__.py")
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
-    except (OSError, subprocess.SubprocessError):
-        return None
+    found = checkout()
+    return None if found is None else {"commit": found[0], "dirty": found[1]}
 
 
 def _devices() -> list[str]:

@@ -125,5 +125,15 @@ def test_a_cache_that_is_no_folder(tmp_path):
     assert "set XDG_CACHE_HOME" in native.available(CPU)
 
 
+def test_no_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", fail)
+    assert native.available(CPU) == "there is no home folder; set XDG_CACHE_HOME to a folder"
+
+
 def test_other_devices():
     assert native.available(torch.device("cuda")) == "the native kernels are for CPUs, not cuda"

@@ -32,7 +32,7 @@ def library() -> ctypes.CDLL:
     parts += [(_FOLDER / name).read_text() for name in _SOURCES]
     name = f"native-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
     folder = _cache_folder()
-    if not (folder / name).exists():
+    if not os.path.exists(folder / name):
         _build(compiler, folder / name)
     try:
         return ctypes.CDLL(str(folder / name))
@@ -50,7 +50,10 @@ def _compiler() -> str:
 
 
 def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchscale"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchscale"
+    except RuntimeError:
+        raise BuildError("there is no home folder; set XDG_CACHE_HOME to a folder") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,6 +77,9 @@ def _build(compiler: str, path: Path) -> None:
             _run([*command, "-fopenmp"])
         except BuildError:
             _run(command)
+        os.chmod(built, 0o755)  # whoever shares the folder may load it
+        with open(built, "rb+") as file:
+            os.fsync(file.fileno())
         # Other processes may be building the same: whoever comes last replaces a library by its equal.
         os.replace(built, path)
     finally:
