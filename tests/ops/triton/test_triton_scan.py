@@ -83,6 +83,16 @@ def test_gradients_at_strong_decay_are_small_numbers_not_differences_of_large_on
     assert error.max() < 1e-3, error
 
 
+# What stands behind such a token differs by little from it in the running sum, which is large.
+@pytest.mark.parametrize(("step", "rate", "others"), [(20.0, 5.0, 0.001), (100.0, 1.0, 0.001), (100.0, 16.0, 0.001)])
+def test_one_token_that_decays_strongly(step, rate, others, device, assert_near):
+    inputs = draw(197, device=device)
+    inputs["dt"] = torch.full_like(inputs["dt"], others)
+    inputs["dt"][:, 70] = step
+    inputs["A"] = torch.full_like(inputs["A"], -rate)
+    check(assert_near, inputs, 1e-5)
+
+
 def test_non_contiguous_inputs(device, assert_near):
     inputs = draw(20, batch=2, device=device)
     expected = and_gradients(scan, inputs, reverse=True)

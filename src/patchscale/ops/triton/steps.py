@@ -1,8 +1,11 @@
 """Step sizes, and the running sums of their log-decays within chunks.
 
-They are few (one a head and token) and read by every kernel of the scan, so they are worked out once, in float32, and
-laid out by head: (batch, heads, chunks * chunk size), in scan order. What stands beyond the last token does nothing:
-its step is 0 and its sum that of the whole chunk.
+They are few (one a head and token) and read by every kernel of the scan, so they are worked out once and laid out by
+head: (batch, heads, chunks * chunk size), float32, in scan order. What stands beyond the last token does nothing: its
+step is 0 and its sum that of the whole chunk.
+
+An error in a sum is a relative error of what it multiplies. So they are summed in float64, and no token adds more than
+makes its decay zero: behind one that decays by exp(-1000), differences of float32 sums would know four digits less.
 """
 
 import triton
@@ -12,6 +15,7 @@ from torch import Tensor
 from patchscale.ops.triton.tokens import launch, place, power_of_two, sigmoid
 
 _HEADS = 8
+_LEAST = tl.constexpr(-104.0)  # exp of less is zero in float32
 
 
 @triton.jit
@@ -44,7 +48,8 @@ def _steps(
     if SOFTPLUS:
         step = _softplus(step + tl.load(bias + h, mask=known, other=0.0).to(tl.float32)[None, :])
     step = tl.where(mask, step, 0.0)
-    decay = tl.cumsum(step * tl.load(A + h, mask=known, other=0.0).to(tl.float32)[None, :], 0)
+    rate = tl.load(A + h, mask=known, other=0.0).to(tl.float64)
+    decay = tl.cumsum(tl.maximum(step.to(tl.float64) * rate[None, :], _LEAST), 0)
     offsets = (sample * heads + h)[None, :] * (chunks * Q) + t[:, None]
     tl.store(dt + offsets, step, mask=known[None, :])
     tl.store(cs + offsets, decay, mask=known[None, :])
