@@ -13,6 +13,7 @@ folder=$out/ops && bench ops --tokens 196,3136,16384 --peers transformers,native
 folder=$out/model && bench model --tokens 196,784,4096,16384 --width 256,768 --peers transformers,vit,native --out "$folder"
 flat() { "${PYTHON:-python3}" benchmarks/flat.py "$@" | tee "$folder.txt"; }
 folder=$out/flat && flat --out "$folder"
+folder=$out/flat-processes && flat --tokens 784 3136 12544 50176 --processes 5 --out "$folder"
 folder=$out/flat-batch && flat --at-once 12544 --out "$folder"
 folder=$out/flat-wide && flat --width 768 --tokens 784 3136 12544 50176 --out "$folder"
 # A call at 200,704 tokens takes a minute at width 768.
