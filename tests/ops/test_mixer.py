@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchscale import UserError
-from patchscale.ops import causal_conv1d, gated_rms_norm, mix_tokens, ssd_scan
+from patchscale.ops import causal_conv1d, chunks, gated_rms_norm, mix_tokens, ssd_scan
 from patchscale.ops.reference import mix_tokens_reference
 
 NAMES = (
@@ -428,3 +428,11 @@ def test_tangents_are_refused():
     inputs = draw(9)
     with pytest.raises(UserError, match="mix_tokens has no forward-mode derivative"):
         torch.func.jvp(lambda p: mix_tokens(**inputs | {"projected": p})[0], *2 * ((inputs["projected"],),))
+
+
+def test_a_default_device_is_not_where_the_plan_lies():
+    inputs = draw(73)
+    expected, _ = mix_tokens(**inputs)
+    chunks.plan.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(mix_tokens(**inputs)[0], expected)

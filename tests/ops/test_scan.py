@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchscale import UserError
-from patchscale.ops import chunks, ssd_scan
+from patchscale.ops import ssd_scan
 from patchscale.ops.reference import scan_order, ssd_scan_reference
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
@@ -508,14 +508,6 @@ def test_an_empty_batch_is_an_empty_result():
     y, state = ssd_scan(**draw(5, batch=0))
     assert y.shape == (0, 5, 2, 4)
     assert state.shape == (0, 2, 4, 6)
-
-
-def test_a_default_device_is_not_where_the_plan_lies():
-    inputs = draw(73)
-    expected = ssd_scan(**inputs, chunk_size=9)[0]
-    chunks.plan.cache_clear()
-    with torch.device("meta"):
-        assert torch.equal(ssd_scan(**inputs, chunk_size=9)[0], expected)
 
 
 def test_tangents_are_refused_but_by_the_reference(assert_near):

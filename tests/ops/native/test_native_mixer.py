@@ -311,3 +311,10 @@ def test_custom_op_keeps_pytorchs_rules(want_final, heading):
     tensors = [tensor.requires_grad_() for tensor in draw(9).values()]
     arguments = (*tensors, True, 1, heading, 1e-5, 4, True, want_final, True)
     torch.library.opcheck(torch.ops.patchscale.mix_tokens.default, arguments)
+
+
+def test_a_default_device_is_not_where_the_kernels_work():
+    inputs = draw(70)
+    expected, _ = mix_tokens(**inputs, implementation="native")
+    with torch.device("meta"):
+        assert torch.equal(mix_tokens(**inputs, implementation="native")[0], expected)
