@@ -318,3 +318,14 @@ def test_a_default_device_is_not_where_the_kernels_work():
     expected, _ = mix_tokens(**inputs, implementation="native")
     with torch.device("meta"):
         assert torch.equal(mix_tokens(**inputs, implementation="native")[0], expected)
+
+
+def test_without_tokens_history_has_no_gradient():
+    inputs = {k: v.requires_grad_() for k, v in draw(9).items()}
+    torch.use_deterministic_algorithms(True)  # what is not written is NaN
+    try:
+        out, state = native(**inputs | {"projected": inputs["projected"][:, :0]})
+        (out.sum() + state.sum()).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not inputs["history"].grad.any()
