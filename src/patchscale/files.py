@@ -1,7 +1,6 @@
-"""Writing files so that none is ever half-written, and which checkout this package's own are of."""
+"""Writing files so that none is ever half-written."""
 
 import os
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -67,19 +66,3 @@ def _flush_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
-
-
-def checkout() -> tuple[str, bool] | None:
-    """The commit of the checkout that this package is of, and whether its files differ; None elsewhere."""
-    package = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        # An environment within a user's own repository is not a checkout of this one: git must know the package.
-        git("ls-files", "--error-unmatch", "__init__.py")
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", "."))
-    except (OSError, subprocess.SubprocessError):
-        return None

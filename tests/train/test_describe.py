@@ -4,7 +4,7 @@ import subprocess
 import pytest
 from PIL import Image
 
-from patchscale import files
+from patchscale import checkout
 from patchscale.train.describe import describe_run, plot_curves
 
 
@@ -49,7 +49,7 @@ def test_the_commit_is_that_of_the_package_s_checkout_and_of_no_repository_aroun
     package = tmp_path / "lib" / "patchscale"
     (package / "train").mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    monkeypatch.setattr(files, "__file__", str(package / "files.py"))
+    monkeypatch.setattr(checkout, "__file__", str(package / "checkout.py"))
 
     def described() -> dict | None:
         describe_run(tmp_path, {}, None)

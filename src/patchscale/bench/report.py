@@ -18,7 +18,8 @@ import torch
 
 from patchscale.bench.cases import OURS, Case
 from patchscale.bench.measure import OUT_OF_MEMORY, Ceilings
-from patchscale.files import checkout, write_atomically
+from patchscale.checkout import checkout
+from patchscale.files import write_atomically
 
 PACKAGES = ("patchscale", "torch", "triton", "timm", "numpy", "transformers", "mamba-ssm", "causal-conv1d", "fla-core")
 

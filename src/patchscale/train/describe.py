@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from patchscale.files import checkout, write_atomically
+from patchscale.checkout import checkout
+from patchscale.files import write_atomically
 from patchscale.ops.dispatch import ENVIRONMENT_VARIABLE
 from patchscale.train.logs import METRICS, read_rows
 
