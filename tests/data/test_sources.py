@@ -85,6 +85,8 @@ def test_the_images_folder_of_a_data_set_is_found(shared):
     [
         ("nonsense", "unknown data 'nonsense'"),
         ("folder:", "unknown data"),
+        ("/", r"unknown data '/' \(a folder; say of what kind\); expected digits"),
+        ("/no/such/folder", "unknown data '/no/such/folder'; expected digits"),
         ("folder:/no/such/place", "no such folder"),
         ("cifar100:/no/such/place", "no such folder"),
     ],

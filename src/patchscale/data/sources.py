@@ -18,6 +18,8 @@ from patchscale.errors import UserError, first_line
 
 Split = Literal["train", "val"]
 
+# What timm's data sets begin with, before a slash.
+_TIMM = ("hfds", "hfids", "tfds", "torch", "wds")
 KINDS = (
     "digits, cifar10:PATH, cifar100:PATH, inat:PATH, folder:PATH, or a name timm knows (hfds/NAME, wds/NAME:PATH, "
     "torch/NAME:PATH)"
@@ -83,10 +85,11 @@ def open_source(name: str, split: Split, limit: int | None = None) -> Source:
         source = _inaturalist(Path(path).expanduser(), split)
     elif kind == "folder" and path:
         source = _folder(Path(path).expanduser(), split)
-    elif "/" in kind:
+    elif kind.partition("/")[0] in _TIMM and "/" in kind:
         source = _timm(kind, path or None, split)
     else:
-        raise UserError(f"unknown data {name!r}; expected {KINDS}")
+        which = " (a folder; say of what kind)" if Path(name).expanduser().is_dir() else ""
+        raise UserError(f"unknown data {name!r}{which}; expected {KINDS}")
     if not len(source):
         raise UserError(f"{name} has no images to {'train on' if split == 'train' else 'evaluate on'}")
     if len(source.classes) < 2:
@@ -232,7 +235,7 @@ def _timm(name: str, root: str | None, split: Split) -> Source:
 
     try:
         dataset = create_dataset(name, root=root, split="train" if split == "train" else "validation")
-    except (OSError, RuntimeError, ValueError, AssertionError, ImportError, KeyError) as e:
+    except (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError, KeyError) as e:
         raise UserError(f"timm cannot open {name} at {root or 'no path'}: {first_line(e)}") from e
     return Source(dataset, _class_names(name, dataset))
 
