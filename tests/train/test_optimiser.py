@@ -3,9 +3,6 @@
 import csv
 import json
 import math
-import statistics
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -283,46 +280,3 @@ def test_gradients_of_all_parts_and_steps_lie_where_the_first_put_them():
     assert len(places[1]) == len(list(model.parameters()))
     assert places[0] == places[3] == []
     assert places[1] == places[2] == places[4] == places[5]
-
-
-MEMORY_OF_PARTS = """
-import sys, torch
-from patchscale.models import Adventurer
-from patchscale.train.device import keep_freed_memory
-from patchscale.train.optimiser import Updates
-from patchscale.train.processes import Processes, make_fabric
-from patchscale.train.recipe import Recipe
-
-keep_freed_memory()
-torch.set_num_threads(1)
-model = Adventurer(img_size=32, patch_size=1, num_classes=5, embed_dim=128, depth=8)
-recipe = Recipe("m", "d", epochs=1, device="cpu", global_batch=12)
-updates = Updates(model, recipe, 1, Processes(make_fabric(recipe)), parts=3)
-if sys.argv[1] == "scattered":
-    updates._places.clear()
-peaks = []
-
-def most():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-def loss(images, targets):
-    peaks.append(most())  # of all parts before
-    return torch.nn.functional.cross_entropy(model(images), targets)
-
-for step in range(2):
-    updates.step(step, torch.randn(12, 3, 32, 32), torch.zeros(12, dtype=torch.long), loss)
-print((most() - peaks[0]) / (peaks[1] - peaks[0]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_gradients_in_their_places_save_memory():
-    def memory_over_the_first_part(gradients: str) -> float:
-        command = [sys.executable, "-c", MEMORY_OF_PARTS, gradients]
-        found = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
-        return statistics.median(found)
-
-    # 1.2 and 1.35 times the memory of the first part
-    assert memory_over_the_first_part("in place") < 0.95 * memory_over_the_first_part("scattered")
