@@ -290,9 +290,11 @@ def _fail(message: str, status: int) -> int:
 def _open_image(path: Path, mode: str):
     from PIL import Image
 
+    from patchscale.data.sources import in_mode
+
     try:
         with Image.open(path) as image:
-            return image.convert(mode)
+            return in_mode(image, mode)
     except FileNotFoundError as e:
         raise UserError(f"no such image: {path}") from e
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:

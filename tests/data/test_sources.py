@@ -1,11 +1,12 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from patchscale.data.sources import Transformed, Unreadable, collate, open_source
+from patchscale.data.sources import Transformed, Unreadable, collate, in_mode, open_source
 from patchscale.errors import UserError
 
 
@@ -105,6 +106,34 @@ def test_an_empty_class_is_refused_and_named(image_folder):
     (image_folder / "train" / "mouse").mkdir()
     with pytest.raises(UserError, match="mouse"):
         open_source(f"folder:{image_folder}", "train")
+
+
+def test_a_class_has_the_number_of_training_where_another_has_no_images_to_evaluate_on(image_folder):
+    for left in ("train/ant", "train/dog"):  # without images to evaluate on: no folder, and an empty one
+        path = image_folder / left / "0.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    for path in (image_folder / "val" / "dog").iterdir():
+        path.unlink()
+    train, val = (open_source(f"folder:{image_folder}", split) for split in ("train", "val"))
+    assert train.classes == val.classes == ("ant", "cat", "dog")
+    assert [val.dataset[i][1] for i in range(len(val))] == [1, 1]
+
+
+def test_a_class_to_evaluate_on_that_is_none_to_train_on_is_refused(image_folder):
+    (image_folder / "val" / "dog").rename(image_folder / "val" / "wolf")
+    with pytest.raises(UserError, match=r"val/wolf is a class that .*train lacks: remove it"):
+        open_source(f"folder:{image_folder}", "val")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_images_of_16_bits_are_those_of_their_upper_8(image_folder, mode):
+    deep = np.arange(96, dtype=np.uint16).reshape(8, 12) * 683
+    Image.fromarray(deep).save(image_folder / "train" / "cat" / "0.png")
+    source = replace(open_source(f"folder:{image_folder}", "train"), channels=len(mode))
+    image, _ = Transformed(source, np.asarray)[0]
+    assert np.array_equal(image.reshape(8, 12, -1)[..., 0], deep // 256)
+    assert np.array_equal(np.asarray(in_mode(Image.fromarray(deep), mode)), image)
 
 
 def test_a_single_class_is_refused(tmp_path):

@@ -4,10 +4,11 @@ import sys
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from patchscale.data.transforms import Preprocessing
 from patchscale.errors import UserError
-from patchscale.train.build import create_model, make_teacher, prepare_folder
+from patchscale.train.build import create_model, make_teacher, open_sources, prepare_folder
 from patchscale.train.loop import train
 from patchscale.train.recipe import Recipe
 
@@ -41,6 +42,15 @@ def test_a_timm_model_with_weights_of_ones_own_teaches(tmp_path):
     mean, std = (torch.tensor(cfg[k])[:, None, None] for k in ("mean", "std"))
     expected = model(((image - mean) / std)[..., :1, :1].expand(2, 3, *cfg["input_size"][1:]))
     assert torch.allclose(teacher((image - 0.5) / 0.25), expected, atol=1e-4)
+
+
+def test_other_classes_to_evaluate_on_are_refused(tmp_path, recipe):
+    for split, names in (("train", "ab"), ("val", "ac")):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name / "0.png")
+    with pytest.raises(UserError, match="2 classes to train on and 2 to evaluate on, which are not the same: 'b'"):
+        open_sources(recipe(data=f"torch/image_folder:{tmp_path}"))
 
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path, recipe):

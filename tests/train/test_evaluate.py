@@ -1,9 +1,11 @@
 """One set of weights at every patch size: trained on sizes drawn step by step, scored at each."""
 
 import copy
+import itertools
 
 import pytest
 import torch
+from PIL import Image
 
 from patchscale.errors import UserError
 from patchscale.models.weight_files import read_checkpoint
@@ -120,3 +122,21 @@ def test_a_run_with_interpolated_tokens_is_evaluated_and_gone_on_from(recipe, tm
     assert evaluate(str(run.folder)).scores.loss == pytest.approx(run.scores.loss, rel=1e-4)
     again = train(recipe(**settings, weights=str(run.folder), lr=1e-9, output=tmp_path / "again"))
     assert again.scores.loss == pytest.approx(run.scores.loss, rel=1e-3)
+
+
+def test_data_of_other_classes_is_refused_and_of_other_names_for_them_taken_in_order(recipe, tmp_path):
+    def folder(*names):
+        root = tmp_path / "".join(names)
+        for split, (i, name) in itertools.product(("train", "val"), enumerate(names)):
+            (root / split / name).mkdir(parents=True)
+            Image.new("L", (8, 8), 200 * i).save(root / split / name / "0.png")
+        return f"folder:{root}"
+
+    weights = str(train(recipe(data=folder("cat", "dog"), epochs=1, global_batch=2, limit_val=None)).folder)
+    notes = []
+    own = evaluate(weights, note=notes.append)
+    assert not notes
+    with pytest.raises(UserError, match="class 1 of the weights is 'dog', of the data 'wolf': the data needs"):
+        evaluate(weights, data=folder("cat", "wolf"))
+    assert evaluate(weights, data=folder("chat", "loup"), note=notes.append).scores == own.scores
+    assert "class 0 of the weights is 'cat', of the data 'chat'; no name is in both" in notes[0]

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset, Subset
+from torchvision.datasets import ImageFolder
 
 from patchscale.data.sampling import Draw
 from patchscale.errors import UserError, first_line
@@ -70,7 +71,8 @@ def open_source(name: str, split: Split, limit: int | None = None) -> Source:
         limit: take this many images, a random sample that is the same every time; all if None.
 
     Raises:
-        UserError: an unknown name, a missing or empty folder, a data set of a single class.
+        UserError: an unknown name, a missing or empty folder, a data set of a single class, a class to evaluate on that
+            is none to train on.
     """
     kind, _, path = name.partition(":")
     if limit is not None and limit < 1:
@@ -192,37 +194,59 @@ def _compact_cifar100(path: Path, split: Split, limit: int | None) -> Source:
 
 def _folder(path: Path, split: Split) -> Source:
     _expect_folder(path)
-    root, note = _split_folder(path, split)
-    if len(_subfolders(root)) == 1 and len(_subfolders(_subfolders(root)[0])) > 1:
-        root = _subfolders(root)[0]  # PATH/images/CLASS/...
-    return _class_folders(root, note)
+    splits = {s: next((path / n for n in names if (path / n).is_dir()), None) for s, names in _SPLIT_FOLDERS.items()}
+    root, train = splits[split], splits["train"]
+    if root is None and any(splits.values()):
+        other = next(f for f in splits.values() if f is not None)
+        raise UserError(f"{path} has {other.name} but none of {', '.join(_SPLIT_FOLDERS[split])}")
+    if root is None:
+        note = f"{path} has no train and val folders: the same images serve as both" if split == "val" else ""
+        return _class_folders(_within(path), note=note)
+    # A class has the number that it has in training, whichever of them the other split has images of.
+    return _class_folders(_within(root), None if train in (None, root) else _within(train))
 
 
-def _class_folders(root: Path, note: str = "") -> Source:
-    from torchvision.datasets import ImageFolder
+def _within(root: Path) -> Path:
+    """The folder of class folders: also that of PATH/images/CLASS/..."""
+    few = list(itertools.islice(_subfolders(root), 2))
+    if len(few) == 1 and len(list(itertools.islice(_subfolders(few[0]), 2))) > 1:
+        return few[0]
+    return root
 
-    if not _subfolders(root):
-        raise UserError(f"{root} has no class folders: expected {root}/CLASS/IMAGE")
+
+def _class_folders(root: Path, train: Path | None = None, note: str = "") -> Source:
+    here = _class_names_in(root)
+    classes = here if train is None else _class_names_in(train)
+    unknown = sorted(set(here) - set(classes))
+    if unknown:
+        raise UserError(f"{root / unknown[0]} is a class that {train} lacks: remove it, or give it images to train on")
     try:
-        dataset = ImageFolder(str(root))
+        dataset = _ClassFolders(root, classes, allow_empty=train is not None)
     except FileNotFoundError as e:
         raise UserError(f"{root}: {first_line(e)}") from e
-    return Source(dataset, tuple(dataset.classes), note=note)
+    return Source(dataset, classes, note=note)
 
 
-def _split_folder(path: Path, split: Split) -> tuple[Path, str]:
-    found = {s: next((path / n for n in names if (path / n).is_dir()), None) for s, names in _SPLIT_FOLDERS.items()}
-    wanted = found[split]
-    if wanted is not None:
-        return wanted, ""
-    if any(found.values()):
-        other = next(f for f in found.values() if f is not None)
-        raise UserError(f"{path} has {other.name} but none of {', '.join(_SPLIT_FOLDERS[split])}")
-    return path, f"{path} has no train and val folders: the same images serve as both" if split == "val" else ""
+def _class_names_in(root: Path) -> tuple[str, ...]:
+    names = tuple(sorted(folder.name for folder in _subfolders(root)))
+    if not names:
+        raise UserError(f"{root} has no class folders: expected {root}/CLASS/IMAGE")
+    return names
 
 
-def _subfolders(path: Path) -> list[Path]:
-    return sorted(itertools.islice((p for p in path.iterdir() if p.is_dir()), 2))
+class _ClassFolders(ImageFolder):
+    """One folder a class; classes have the numbers of their places in ``classes``."""
+
+    def __init__(self, root: Path, classes: tuple[str, ...], allow_empty: bool) -> None:
+        self._classes = classes
+        super().__init__(str(root), loader=_read, allow_empty=allow_empty)
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        return list(self._classes), {name: i for i, name in enumerate(self._classes)}
+
+
+def _subfolders(path: Path) -> Iterator[Path]:
+    return (p for p in path.iterdir() if p.is_dir())
 
 
 def _expect_folder(path: Path) -> None:
@@ -254,6 +278,18 @@ def _class_names(name: str, dataset: Any) -> tuple[str, ...]:
     raise UserError(f"{name} does not say what its classes are; use folder:PATH, or a data set with class names")
 
 
+def _read(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        return in_mode(image, "RGB")
+
+
+def in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """``image`` in a mode of 8 bits a channel, such as "RGB"; of 16 bits the upper 8, where PIL makes all white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert(mode)
+
+
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
@@ -279,7 +315,7 @@ class Transformed(Dataset):
         index = item.image if isinstance(item, Draw) else item
         try:
             image, label = self.dataset[index]
-            image = image.convert(self.mode)
+            image = in_mode(image, self.mode)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
             return Unreadable(path_of(self.dataset, index), str(e))
         return self.transform(image), label if not isinstance(item, Draw) or item.counts else -1

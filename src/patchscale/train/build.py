@@ -39,8 +39,21 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1
 
 
 def open_sources(recipe: Recipe) -> tuple[Source, Source]:
-    """The training and the validation images of a recipe."""
-    return open_source(recipe.data, "train", recipe.limit_train), open_source(recipe.data, "val", recipe.val_limit)
+    """The training and the validation images of a recipe.
+
+    Raises:
+        UserError: as :func:`open_source`, or the two have other classes.
+    """
+    train = open_source(recipe.data, "train", recipe.limit_train)
+    val = open_source(recipe.data, "val", recipe.val_limit)
+    if recipe.task == "classification" and train.classes != val.classes:
+        alone = sorted(set(train.classes) ^ set(val.classes))
+        what = f"{alone[0]!r} is in one of them alone" if alone else "their order differs"
+        raise UserError(
+            f"{recipe.data} has {len(train.classes)} classes to train on and {len(val.classes)} to evaluate on, which "
+            f"are not the same: {what}"
+        )
+    return train, val
 
 
 def model_arguments(recipe: Recipe, source: Source) -> dict[str, Any]:

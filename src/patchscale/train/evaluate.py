@@ -114,6 +114,8 @@ def evaluate(
         raise UserError(f"{weights} has no classifier: train one, with --weights {weights}")
     if painter is None and len(source.classes) != loaded.model.num_classes:
         raise UserError(f"the model has {loaded.model.num_classes} classes, the data {len(source.classes)}")
+    if painter is None and loaded.classes is not None:
+        _compare_classes(loaded.classes, source.classes, note)
     if source.channels != loaded.preprocessing.channels:
         raise UserError(f"the model takes {loaded.preprocessing.channels} channels, the data has {source.channels}")
     if source.note:
@@ -155,6 +157,16 @@ def evaluate(
     scores = by_patch[0].scores if by_patch else score(source, model)
     before = task.scores_type(**recorded) if recorded else None
     return Evaluation(scores, before, trials, getattr(model, "flip", None), tuple(by_patch))
+
+
+def _compare_classes(learned: tuple[str, ...], found: tuple[str, ...], note: Callable[[str], None]) -> None:
+    place = next((i for i, names in enumerate(zip(learned, found, strict=True)) if names[0] != names[1]), None)
+    if place is None:
+        return
+    words = f"class {place} of the weights is {learned[place]!r}, of the data {found[place]!r}"
+    if set(learned) & set(found):
+        raise UserError(f"{words}: the data needs the classes that the weights have learned, in their order")
+    note(f"{words}; no name is in both, so classes are taken to be in the same order")
 
 
 def _batches(
