@@ -92,6 +92,9 @@ def test_a_step_owns_up_to_what_the_seeds_cannot_tell(cell):
     alone = group_cells([c for c in cells if c.seed == 0])
     (step,) = steps(find_series(alone)[0], alone)
     assert "buys 0.1 points (a single run: no interval)" in str(step)
+    alike = group_cells([replace(c, top1=50.0 + (c.patch_size == 4) * 0.1) for c in cells])
+    (step,) = steps(find_series(alike)[0], alike)
+    assert "buys 0.1 points (all seeds agree exactly: no interval)" in str(step)
 
 
 def test_intervals_of_gains_hold_the_truth_nine_times_in_ten(cell):

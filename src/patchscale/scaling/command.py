@@ -58,8 +58,11 @@ def fit(
             _print_law(series, of, axis, confidence, coarse, console)
         else:
             console.print(f"No law is fitted to {len(series.patches)} patch sizes; it needs 3 or more.")
-        for step in steps(series, groups, confidence):
-            console.print(str(step), highlight=False)
+        sentences = [str(step) for step in steps(series, groups, confidence)]
+        for sentence in sentences:
+            console.print(sentence, highlight=False)
+        if any("±" in sentence for sentence in sentences):
+            console.print(f"(± in these sentences: {100 * confidence:g}% intervals.)", highlight=False)
         if len(series.patches) > 2 and series.patches[-1] > 1:
             console.print(outlook(series, confidence), highlight=False)
     for data in dict.fromkeys(group.first.data for group in groups):
@@ -157,13 +160,13 @@ def _forms_table(fitted: LawFit, of: str) -> Table:
         weight = "too few runs" if math.isnan(form.weight) else f"{form.weight:.2f}"
         held_out = "" if form.held_out is None else f"{form.held_out:+.3f}"
         table.add_row(FORMULAS[name].replace("x", x), *cells, weight, held_out)
-    table.caption = f"in brackets: {fitted.confidence:.0%} intervals; held out: predicted less found"
+    table.caption = f"in brackets: {100 * fitted.confidence:g}% intervals; held out: predicted less found"
     return table
 
 
 def _scores_table(title: str, scores: dict[str, list[Scored]], confidence: float) -> Table:
     names = [""] if len(scores) > 1 else []
-    table = Table(*names, "patch", "predicted", f"{confidence:.0%} interval", "found", "which is", title=title)
+    table = Table(*names, "patch", "predicted", f"{100 * confidence:g}% interval", "found", "which is", title=title)
     for name, series in scores.items():
         for score in series:
             interval = "none" if math.isnan(score.low) else f"{score.low:.3g} to {score.high:.3g}"

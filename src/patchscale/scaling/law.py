@@ -13,19 +13,17 @@ from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from numpy.typing import ArrayLike
 
 from patchscale.errors import UserError
 from patchscale.scaling.curve import FREE, GENTLEST, STEEPEST, Array, Curve, fit_curve, floor_of, solve, unit_places
+from patchscale.scaling.scatter import draw_in, draw_noise, lack_of_fit, noise_like, spreads
 
 Axis = Literal["patch", "tokens", "flops"]
 FormName = Literal["law", "power", "constant"]
 Verdict = Literal["holds", "undetermined", "fails"]
 
 FORMULAS: dict[str, str] = {"law": "L_inf + A x^alpha", "power": "A x^alpha", "constant": "L_inf"}
-# A seed further from its patch's median than this many standard deviations of one run is drawn in to there.
-_CLIP = 5.0
 _LACK_OF_FIT = 0.05
 _SAME_AICC = 2.0
 # An L_inf of this share of the lowest loss is 0 for all that anyone will measure.
@@ -48,7 +46,7 @@ class Form:
     L_inf: float
     """What the loss tends to; 0 for the power law."""
     A: float
-    """Loss above L_inf at x = 1; 0 for the constant."""
+    """Loss above L_inf at x = 1; 0 for the constant. 0 or infinite where no float holds it, as in FLOPs it may be."""
     alpha: float
     """Exponent; negative in tokens and FLOPs, 0 for the constant."""
     intervals: dict[str, tuple[float, float]]
@@ -65,12 +63,14 @@ class Form:
     """(draws, 3): L_inf, A at the reference, alpha, refitted to resampled runs."""
     _noise: Array
     """Residuals that stand for one run's noise."""
-    _reference: float
+    _freedom: int | None
+    """How many runs the noise was judged by, beyond those that the constants took; None where it was given."""
+    _curve: Curve
     _confidence: float
 
     def __call__(self, x: ArrayLike) -> Array:
         """The fitted curve at ``x``."""
-        return np.asarray(self.L_inf + self.A * np.asarray(x, np.float64) ** self.alpha)
+        return np.asarray(self._curve(np.asarray(x, np.float64)))
 
     def predict(self, x: ArrayLike, runs: int | None = None) -> Prediction:
         """The curve at other places, with an interval at the fit's confidence.
@@ -86,10 +86,12 @@ class Form:
         if not len(self._draws):
             return Prediction(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
         l_inf, a, alpha = (self._draws[:, i].reshape(-1, *[1] * places.ndim) for i in range(3))
-        drawn = l_inf + a * (places / self._reference) ** alpha
+        drawn = l_inf + a * (places / self._curve.reference) ** alpha
         if runs is not None:
             generator = np.random.default_rng(1)
-            drawn = drawn + generator.choice(self._noise, (*drawn.shape, runs)).mean(-1)
+            noise = generator.choice(self._noise, (*drawn.shape, runs)).mean(-1)
+            spread = spreads(self._freedom, len(drawn), generator).reshape(-1, *[1] * places.ndim)
+            drawn = drawn + noise * spread
         return _around(value, drawn, self._confidence)
 
     def predict_fall(self, start: float, end: float) -> Prediction:
@@ -98,7 +100,7 @@ class Form:
         value = np.asarray(self(start) - self(end))
         if not len(self._draws):
             return Prediction(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
-        at_start, at_end = ((x / self._reference) ** self._draws[:, 2] for x in (start, end))
+        at_start, at_end = ((x / self._curve.reference) ** self._draws[:, 2] for x in (start, end))
         return _around(value, self._draws[:, 1] * (at_start - at_end), self._confidence)
 
 
@@ -160,8 +162,9 @@ def fit_law(
 
     Intervals are percentiles of refits to the fitted curve plus resampled residuals. Each refit's residuals are scaled
     by a draw of what the true spread may be given so few runs (chi-squared), without which intervals of 5 to 15 runs
-    are too narrow. The runs' spread is taken to be the same at every patch; the test of whether the law fits is not.
-    An interval without an end, as of an exponent when runs cannot tell a bend from a step, ends in infinity.
+    are too narrow. Where every patch has two seeds or more that do not scatter alike, each patch's noise is drawn by
+    its own seeds' scatter. A prediction of new runs takes one spread for all. An interval without an end, as of an
+    exponent when runs cannot tell a bend from a step, ends in infinity.
 
     The law is compared with the power law (L_inf = 0) and with a constant by AICc and by the finest patch held out.
 
@@ -182,9 +185,9 @@ def fit_law(
     """
     places, losses = _checked(x, loss, axis, confidence, noise)
     for name, number in (("draws", draws), ("seed", seed)):
-        if not isinstance(number, Integral) or number < 0:
+        if not isinstance(number, Integral) or isinstance(number, bool) or number < 0:
             raise UserError(f"{name} is {number!r}, expected a whole number from 0")
-    used, drawn_in = _draw_in(places, losses)
+    used, drawn_in = draw_in(places, losses)
     fits = {name: fit_curve(places, used, axis, name) for name in FREE}
     free_runs = len(places) - FREE["law"]
     generator = np.random.default_rng(seed)
@@ -195,12 +198,13 @@ def fit_law(
     errors = _held_out_errors(places, used, axis)
     forms: dict[str, Form] = {}
     for name, fit in fits.items():
-        residuals = _noise_like(used - fit(places), FREE[name], noise, generator)
-        redrawn = _redraw(places, fit, name, residuals, axis, noise, draws, generator)
+        residuals = noise_like(used - fit(places), FREE[name], noise, generator)
+        drawn = draw_noise(places, used, residuals, FREE[name], noise, draws, generator)
+        redrawn = _refit(places, fit, name, axis, drawn)
         forms[name] = Form(
             name,  # type: ignore[arg-type]
             fit.l_inf,
-            fit.a / fit.reference**fit.alpha,
+            float(_at_one(fit.a, fit.alpha, fit.reference)),
             fit.alpha,
             _intervals(redrawn, fit, unit_places(places, axis)[2], confidence),
             fit.sse,
@@ -209,11 +213,12 @@ def fit_law(
             errors.get(name),
             redrawn,
             residuals,
-            fit.reference,
+            len(places) - FREE[name] if noise is None else None,
+            fit,
             confidence,
         )
     spread = noise if noise is not None else math.sqrt(fits["law"].sse / free_runs) if free_runs else math.nan
-    lack = _lack_of_fit(places, losses, fits["law"])
+    lack = lack_of_fit(places, losses, fits["law"])
     verdict, words = _judge(places, losses, forms, axis, confidence, lack)
     return LawFit(axis, places, losses, forms, confidence, spread, lack, drawn_in, verdict, words)
 
@@ -258,7 +263,7 @@ def score_coarse_to_fine(
     places, losses = _checked(patch, loss, "patch", confidence, noise, least=1)
     if form not in FREE:
         raise UserError(f"form is {form!r}, expected one of {', '.join(FREE)}")
-    if coarse is None or not len(coarse):
+    if not isinstance(coarse, (Sequence, np.ndarray)) or isinstance(coarse, str) or not len(coarse):
         raise UserError(f"coarse is {coarse!r}, expected the patch sizes to fit on, such as (16, 8, 4)")
     missing = sorted(set(coarse) - set(places), reverse=True)
     finer = sorted({p for p in places if p < min(coarse)}, reverse=True)
@@ -312,60 +317,19 @@ def _checked(
     return places, losses
 
 
-def _draw_in(places: Array, losses: Array) -> tuple[Array, tuple[int, ...]]:
-    """Losses with runs far off the others of their patch moved nearer, and which.
-
-    The standard deviation is the median distance of two runs of a patch, over that of two normal draws. Only a run that
-    is alone is drawn in: the others of its patch, two at least, are near one another. Two runs that differ accuse each
-    other, and where all differ, the patch scatters more than its fellows.
-    """
-    gaps = []
-    for p in set(places):
-        here = losses[places == p]
-        gaps += np.abs(here[:, None] - here)[np.triu_indices(len(here), 1)].tolist()
-    if not gaps or not np.median(gaps) > 0:
-        return losses, ()
-    furthest = _CLIP * float(np.median(gaps)) / (math.sqrt(2) * stats.norm.ppf(0.75))
-    used, alone = losses.copy(), []
-    for run, (p, loss) in enumerate(zip(places, losses, strict=True)):
-        others = np.delete(losses, run)[np.delete(places, run) == p]
-        off = loss - np.median(losses[places == p])
-        if len(others) > 1 and abs(off) > furthest and np.ptp(others) <= furthest:
-            used[run] = loss - off + math.copysign(furthest, off)
-            alone.append(run)
-    return used, tuple(alone)
-
-
-def _noise_like(residuals: Array, constants: int, noise: float | None, generator: np.random.Generator) -> Array:
-    """Residuals as wide as one run's noise: fitting took some of it away. Empty where it took all."""
-    if noise is not None:
-        return generator.normal(0, noise, 1000)
-    left = len(residuals) - constants
-    if left < 1:
-        return np.empty(0)
-    return (residuals - residuals.mean()) * math.sqrt(len(residuals) / left)
-
-
-def _redraw(
-    places: Array,
-    fit: Curve,
-    name: str,
-    residuals: Array,
-    axis: str,
-    noise: float | None,
-    draws: int,
-    generator: np.random.Generator,
-) -> Array:
-    """(draws, 3): L_inf, A at the reference, alpha, of refits; none where there is no noise to draw."""
-    if not draws or not len(residuals):
+def _refit(places: Array, fit: Curve, name: str, axis: str, drawn: Array) -> Array:
+    """(draws, 3): L_inf, A at the reference and alpha, fitted to the curve plus each draw of the noise."""
+    if not len(drawn):
         return np.empty((0, 3))
     unit, _, span = unit_places(places, axis)
-    drawn = generator.choice(residuals, (draws, len(places)))
-    if noise is None:
-        left = len(places) - FREE[name]
-        drawn = drawn * np.sqrt(left / generator.chisquare(left, (draws, 1)))
     constants, _ = solve(unit, fit(places) + drawn, name)
     return constants / np.array([1, 1, span])
+
+
+def _at_one(a: ArrayLike, alpha: ArrayLike, reference: float) -> Array:
+    """A at x = 1 from that at the reference; 0 or infinite beyond what a float holds."""
+    with np.errstate(over="ignore", divide="ignore"):
+        return np.sign(a) * np.exp(np.log(np.abs(a)) - np.asarray(alpha) * math.log(reference))
 
 
 def _places(x: ArrayLike) -> Array:
@@ -393,7 +357,8 @@ def _intervals(draws: Array, fit: Curve, span: float, confidence: float) -> dict
     names = ("L_inf", "A", "alpha")
     if not len(draws):
         return dict.fromkeys(names, (math.nan, math.nan))
-    at_one = draws[:, 1] * fit.reference ** -draws[:, 2]
+    # Between two infinities a quantile is no number.
+    at_one = np.minimum(_at_one(draws[:, 1], draws[:, 2], fit.reference), np.finfo(np.float64).max)
     columns = np.stack([draws[:, 0], at_one, draws[:, 2]], 1)
     low, high = _interval(columns, confidence)
     # Where the search for alpha ends, the interval does not.
@@ -408,7 +373,7 @@ def _intervals(draws: Array, fit: Curve, span: float, confidence: float) -> dict
         else:
             high[1] = math.inf
     # Refits to all but exact points are coarser than the fit: without this its constants could lie outside.
-    own = (fit.l_inf, fit.a * fit.reference**-fit.alpha, fit.alpha)
+    own = (fit.l_inf, float(_at_one(fit.a, fit.alpha, fit.reference)), fit.alpha)
     return {name: (min(float(low[i]), own[i]), max(float(high[i]), own[i])) for i, name in enumerate(names)}
 
 
@@ -429,46 +394,6 @@ def _held_out_errors(places: Array, losses: Array, axis: str) -> dict[str, float
         if len(set(places[rest])) >= max(constants, 2):
             errors[name] = float(fit_curve(places[rest], losses[rest], axis, name)(finest)) - found
     return errors
-
-
-def _lack_of_fit(places: Array, losses: Array, fit: Curve) -> float | None:
-    """Chance of the patches' means missing the law so far if it held, at whatever scatter each patch has.
-
-    How far they miss is set beside what their own scatters make of it on average, and both numbers of degrees of
-    freedom follow from those scatters: M. Brown and A. Forsythe, Technometrics 16 (1974), for means about a common one,
-    here about the law made linear. A patch with a single run is taken to scatter as the others do together. The plain
-    F-test takes one scatter for all: where one of five patches' three seeds scatter six times as far, it rejects a true
-    law in up to 29% of cases at 5%, and this one in up to 10%.
-    """
-    points, counts = np.unique(places, return_counts=True)
-    here = [losses[places == p] for p in points]
-    means = np.array([each.mean() for each in here])
-    squares = np.array([np.sum((each - each.mean()) ** 2) for each in here])
-    repeats, spare = len(places) - len(points), len(points) - FREE["law"]
-    if repeats < 1 or spare < 1:
-        return None
-    missed = float(np.sum(counts * (means - fit(points)) ** 2))
-    if squares.sum() <= floor_of(losses):  # seeds that agree exactly
-        return 0.0 if missed > floor_of(losses) else None
-    several = counts > 1
-    own = squares / np.maximum(counts - 1, 1)
-    scatter = np.where(several, own, squares.sum() / repeats)
-    left = np.eye(len(points)) - _projection(points, counts, fit)
-    share = np.diag(left)
-    expected = float(np.sum(share * scatter))
-    above = expected**2 / np.trace(np.linalg.matrix_power(left * scatter, 2))
-    # What is expected, as a sum over the scatters that were found.
-    parts = (share + share[~several].sum() * (counts - 1) / repeats)[several] * own[several]
-    below = expected**2 / np.sum(parts**2 / (counts[several] - 1))
-    return float(stats.f.sf(missed / expected, above, below))
-
-
-def _projection(points: Array, counts: NDArray[np.intp], fit: Curve) -> Array:
-    """(points, points): what the law's constants can follow of the points' means, each weighted by its runs."""
-    logs = np.log(points / fit.reference)
-    rise = np.exp(fit.alpha * logs)
-    slopes = np.stack([np.ones_like(rise), rise, fit.a * rise * logs], axis=1) * np.sqrt(counts)[:, None]
-    return slopes @ np.linalg.pinv(slopes)
 
 
 def _judge(
@@ -503,7 +428,7 @@ def _judge(
     if math.isnan(low):
         reasons.append("there are as many constants as runs, and nothing tells how far one run scatters")
     else:
-        share = f"{confidence:.0%}"
+        share = f"{100 * confidence:g}%"
         if low <= _NOTHING * min(means):
             reasons.append(f"its {share} interval, 0 to {high:.3g}, reaches 0")
         if high - low > max(means) - min(means):

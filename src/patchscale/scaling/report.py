@@ -129,8 +129,10 @@ def _series_section(
     pictures: list[figures.Picture],
 ) -> str:
     """One series: the answer in sentences, accuracy and loss, the law."""
-    share, tag = f"{confidence:.0%}", f"_{number + 1}" if number else ""
+    share, tag = f"{100 * confidence:g}%", f"_{number + 1}" if number else ""
     said = "".join(f"<li>{html.escape(str(step))}</li>" for step in steps(series, groups, confidence))
+    if "±" in said:
+        said += f"<li>± in these sentences: {share} intervals.</li>"
     if series.patches[-1] > 1 and len(series.patches) >= 3:
         said += f"<li>{html.escape(outlook(series, confidence))}</li>"
     try:
@@ -195,8 +197,8 @@ def _forms_table(fit: LawFit) -> str:
         formula = FORMULAS[name].replace("L_inf", "L<sub>∞</sub>").replace("x^alpha", "p<sup>α</sup>")
         rows.append([f"<i>{formula}</i>", *constants, weight, held_out])
     note = (
-        f"Test loss in nats, p in pixels; below the constants, {fit.confidence:.0%} intervals. Held out: the finest "
-        "patch predicted from the others, less what was found."
+        f"Test loss in nats, p in pixels; below the constants, {100 * fit.confidence:g}% intervals. Held out: the "
+        "finest patch predicted from the others, less what was found."
     )
     return _table(["form", "L<sub>∞</sub>", "A", "α", "AICc weight", "held out"], rows, note)
 
@@ -217,7 +219,7 @@ def _scores_table(series: Series, confidence: float) -> str:
         for s in scores
     ]
     note = f"Fine patches as the law of patch {', '.join(map(str, coarse))} alone predicts their loss."
-    return _table(["patch", "predicted", f"{confidence:.0%} interval", "found", ""], rows, note)
+    return _table(["patch", "predicted", f"{100 * confidence:g}% interval", "found", ""], rows, note)
 
 
 def _inside(score: Scored) -> str:
@@ -251,7 +253,7 @@ def _cost_section(groups: Sequence[Group], confidence: float) -> str:
     columns = ["", "tokens", "parameters", "FLOPs an image", "FLOPs of training", "times the first", "time", "top-1 %"]
     note = (
         "FLOPs of an image are of the forward pass. Times are medians of wall clocks on the device named above. "
-        f"± is the {confidence:.0%} interval of the mean over seeds. ◆ no other run is both cheaper and better."
+        f"± is the {100 * confidence:g}% interval of the mean over seeds. ◆ no other run is both cheaper and better."
     )
     return _section("Cost", _table([*columns, "loss"], rows, note), "wide")
 

@@ -189,17 +189,18 @@ class Gain(NamedTuple):
 
     points: float
     half_width: float
-    """Of the interval; NaN where there is a single run of something."""
+    """Of the interval; NaN where there is a single run of something, 0 where all seeds agree exactly."""
     times: float
 
     def __str__(self) -> str:
+        does = f"{'buys' if self.points >= 0 else 'loses'} {abs(self.points):.1f}"
         if math.isnan(self.half_width):
-            return (
-                f"{'buys' if self.points >= 0 else 'loses'} {abs(self.points):.1f} points (a single run: no interval)"
-            )
+            return f"{does} points (a single run: no interval)"
+        if self.half_width == 0:  # accuracies are whole numbers of images, so that two seeds may well be alike
+            return f"{does} points (all seeds agree exactly: no interval)"
         if abs(self.points) <= self.half_width:
             return f"changes nothing that these seeds can tell ({self.points:+.1f} ± {self.half_width:.1f} points)"
-        return f"{'buys' if self.points > 0 else 'loses'} {abs(self.points):.1f} ± {self.half_width:.1f} points"
+        return f"{does} ± {self.half_width:.1f} points"
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,7 +325,7 @@ def outlook(series: Series, confidence: float = 0.9) -> str:
     if fit.verdict == "fails":
         return f"Patch {patch} was not run, and nothing can be said of it: the law does not hold for these accuracies."
     value, low, high = map(float, fit.law.predict_fall(finest, patch))
-    interval = "no interval" if math.isnan(low) else f"{confidence:.0%} interval {low:.1f} to {high:.1f}"
+    interval = "no interval" if math.isnan(low) else f"{100 * confidence:g}% interval {low:.1f} to {high:.1f}"
     unsure = "" if fit.verdict == "holds" else "; their limit is not determined, so read it with care"
     return (
         f"From patch {finest}, going to {patch} takes {(finest / patch) ** 2:.3g} times the tokens and is expected to "
