@@ -75,6 +75,20 @@ def test_predict_prints_the_classes_and_writes_the_picture(run, tmp_path, capsys
     assert Image.open(picture).size == (896, 448)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(("--top", "0"), "--top is 0"), (("--features", "out.xyz"), "out.xyz: end the name in .png, .jpg or .webp")],
+)
+def test_predict_says_what_it_cannot_do_before_it_begins(flags, message, capsys):
+    assert message in fails(capsys, ["predict", "/no/such/image.png", "--weights", "/no/such/file.pth", *flags])
+
+
+@pytest.mark.parametrize("name", ["run[lr=1e-3]", "[bold]run", ":cat:"])
+def test_names_are_printed_as_they_are(name, run, tmp_path, capsys):
+    assert main(["convert", str(run), str(tmp_path / name / "out.safetensors")]) == 0
+    assert f"wrote {tmp_path / name}/out.safetensors" in capsys.readouterr().out
+
+
 def test_convert_writes_what_timm_reads(run, tmp_path):
     import timm
 

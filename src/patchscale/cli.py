@@ -50,6 +50,9 @@ def predict(
     from patchscale.train.checkpoint import load_model
     from patchscale.train.device import resolve_device
 
+    if top < 1:
+        raise UserError(f"--top is {top}, expected at least 1 class")
+    form = None if features is None else _picture_format(features)
     place = resolve_device(device)
     loaded = load_model(weights, which, flip)
     picture = _open_image(image, "L" if loaded.preprocessing.channels == 1 else "RGB")
@@ -68,7 +71,7 @@ def predict(
         make_folder(features.resolve().parent)
         shown = loaded.preprocessing.visible(picture)
         written = token_picture(shown, last[0].float().cpu())
-        write_atomically(features, lambda path: written.save(path, format=features.suffix[1:] or "png"))
+        write_atomically(features, lambda path: written.save(path, format=form))
         console.out.print(f"wrote {features}", highlight=False)
 
 
@@ -299,6 +302,15 @@ def _open_image(path: Path, mode: str):
         raise UserError(f"no such image: {path}") from e
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UserError(f"cannot read {path} as an image: {e}") from e
+
+
+def _picture_format(path: Path) -> str:
+    from PIL import Image
+
+    form = Image.registered_extensions().get(path.suffix.lower() or ".png")
+    if form not in Image.SAVE:
+        raise UserError(f"cannot write a picture as {path.name}: end the name in .png, .jpg or .webp")
+    return form
 
 
 def _imagenet_names(num_classes: int) -> list[str]:

@@ -7,8 +7,10 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+# Names of files and classes stay what they are: [a=1] is no markup, :cat: no picture.
+_PLAIN: dict[str, bool] = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
+out = Console(**_PLAIN)  # type: ignore[arg-type]
+err = Console(stderr=True, **_PLAIN)  # type: ignore[arg-type]
 
 
 def note(text: str) -> None:

@@ -103,3 +103,9 @@ def test_a_run_decodes_on_its_device(folder, tmp_path_factory):
     )  # fmt: skip
     result = train(recipe)
     assert result.scores.images == 6
+
+
+@pytest.mark.parametrize("limit", [None, 10])
+def test_data_in_no_files_of_their_own_is_refused(limit):
+    with pytest.raises(UserError, match="--decode device needs data in files of their own"):
+        EncodedFiles(open_source("digits", "train", limit))

@@ -64,6 +64,45 @@ def test_a_limit_takes_the_first_tiles_of_compact_cifar100(shared):
         assert np.array_equal(few.dataset[i][0], more.dataset[i][0])
 
 
+@pytest.fixture
+def compact(tmp_path):
+    """A compact copy of CIFAR-100 with 1,000 images of one colour each to evaluate on, in two sheets."""
+    labels = np.arange(2000) % 100
+    for sheet in range(2):
+        levels = labels.reshape(2, 25, 40)[sheet]
+        Image.fromarray(np.kron(levels, np.ones((32, 32))).astype(np.uint8)).convert("RGB").save(
+            tmp_path / f"test_{sheet:02}.webp", lossless=True
+        )
+    np.savez(tmp_path / "labels.npz", test_fine=labels)
+    (tmp_path / "classes.txt").write_text("\n".join(f"class{i}" for i in range(100)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("limit", [None, 1, 1000, 1001, 5000])
+def test_compact_images_have_their_labels(compact, limit):
+    source = open_source(f"cifar100:{compact}", "val", limit)
+    assert len(source) == min(limit or 2000, 2000)
+    assert all(
+        np.asarray(image)[0, 0, 0] == label for image, label in map(source.dataset.__getitem__, range(len(source)))
+    )
+
+
+@pytest.mark.parametrize("damage", ["first sheet", "size", "labels", "classes", "count"])
+def test_a_compact_copy_that_is_not_whole_is_refused(compact, damage):
+    if damage == "first sheet":  # all labels after it would be of other images
+        (compact / "test_00.webp").unlink()
+    elif damage == "size":
+        Image.new("RGB", (1280, 832)).save(compact / "test_01.webp")
+    elif damage == "labels":
+        (compact / "labels.npz").write_bytes((compact / "labels.npz").read_bytes()[:200])
+    elif damage == "classes":
+        (compact / "classes.txt").write_text("apple")
+    else:
+        np.savez(compact / "labels.npz", test_fine=np.arange(3000) % 100)
+    with pytest.raises(UserError, match="is not a whole compact copy of CIFAR-100"):
+        open_source(f"cifar100:{compact}", "val")
+
+
 def test_folder_has_its_own_splits(image_folder):
     train = open_source(f"folder:{image_folder}", "train")
     assert train.classes == ("cat", "dog")
@@ -126,6 +165,15 @@ def test_a_class_to_evaluate_on_that_is_none_to_train_on_is_refused(image_folder
         open_source(f"folder:{image_folder}", "val")
 
 
+@pytest.mark.parametrize("pixels", [np.full((8, 8), 70_000, np.int32), np.full((8, 8), 0.5, np.float32)])
+def test_pixels_of_which_nobody_says_what_is_white_are_unreadable(image_folder, pixels):
+    (image_folder / "train" / "cat" / "0.png").unlink()
+    Image.fromarray(pixels).save(image_folder / "train" / "cat" / "0.tif")
+    item = Transformed(open_source(f"folder:{image_folder}", "train"), np.asarray)[0]
+    assert isinstance(item, Unreadable)
+    assert "convert it to 8 or 16 bits" in item.reason
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_images_of_16_bits_are_those_of_their_upper_8(image_folder, mode):
     deep = np.arange(96, dtype=np.uint16).reshape(8, 12) * 683
@@ -133,7 +181,8 @@ def test_images_of_16_bits_are_those_of_their_upper_8(image_folder, mode):
     source = replace(open_source(f"folder:{image_folder}", "train"), channels=len(mode))
     image, _ = Transformed(source, np.asarray)[0]
     assert np.array_equal(image.reshape(8, 12, -1)[..., 0], deep // 256)
-    assert np.array_equal(np.asarray(in_mode(Image.fromarray(deep), mode)), image)
+    for same in (deep, deep.astype(np.int32)):  # PIL opens some files of 16 bits as of 32
+        assert np.array_equal(np.asarray(in_mode(Image.fromarray(same), mode)), image)
 
 
 def test_a_single_class_is_refused(tmp_path):

@@ -71,6 +71,8 @@ def test_the_picture_says_its_numbers(tmp_path):
         ("--fit-memory 0GiB", "--fit-memory is '0GiB'"),
         ("--device cpu", "give one of them"),
         ("--plot p.jpg", "expected a name that ends in .png"),
+        ("--img-size 0", "image size 0x0"),
+        ("--num-classes 0", "--num-classes is 0, expected at least 1"),
     ],
 )
 def test_flags_that_say_nothing_are_refused(flags, message, capsys):

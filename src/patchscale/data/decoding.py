@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision.io import decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 
@@ -42,8 +42,10 @@ class EncodedFiles(Dataset):
     """
 
     def __init__(self, source: Source) -> None:
-        self.dataset = source.dataset
-        if path_of(self.dataset, 0) == "image 0":
+        self.dataset = inner = source.dataset
+        while isinstance(inner, Subset):
+            inner = inner.dataset
+        if not hasattr(inner, "samples"):
             raise UserError("--decode device needs data in files of their own (folder:PATH, inat:PATH)")
 
     def __len__(self) -> int:

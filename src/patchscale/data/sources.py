@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -177,18 +178,19 @@ def _inaturalist(path: Path, split: Split) -> Source:
 def _compact_cifar100(path: Path, split: Split, limit: int | None) -> Source:
     prefix = "train" if split == "train" else "test"
     rows, columns, side = 25, 40, 32
-    sheets = sorted(path.glob(f"{prefix}_[0-9][0-9].webp"))
-    if limit is not None:
-        # The images are in random order, so that the first ones are a random sample.
-        sheets = sheets[: -(-limit // (rows * columns))]
     try:
         labels = np.load(path / "labels.npz", allow_pickle=False)[f"{prefix}_fine"]
         classes = tuple((path / "classes.txt").read_text().split())
+        # The images are in random order, so that the first ones are a random sample.
+        count = len(labels) if limit is None else min(limit, len(labels))
+        sheets = [path / f"{prefix}_{i:02}.webp" for i in range(-(-count // (rows * columns)))]
         decoded = [np.asarray(Image.open(sheet).convert("RGB")) for sheet in sheets]
-    except (OSError, ValueError, KeyError) as e:
+        tiles = [s.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3) for s in decoded]
+        images = np.concatenate(tiles)[:count]
+        if count > len(images) or labels.max() >= len(classes):
+            raise ValueError(f"{len(labels)} labels up to {labels.max()}, {len(images)} images, {len(classes)} classes")
+    except (OSError, ValueError, KeyError, BadZipFile) as e:
         raise UserError(f"{path} is not a whole compact copy of CIFAR-100: {e}") from e
-    tiles = [sheet.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3) for sheet in decoded]
-    images = np.concatenate(tiles)[:limit] if tiles else np.empty((0, side, side, 3), np.uint8)
     return Source(_Images(images, labels), classes)
 
 
@@ -284,9 +286,18 @@ def _read(path: str) -> Image.Image:
 
 
 def in_mode(image: Image.Image, mode: str) -> Image.Image:
-    """``image`` in a mode of 8 bits a channel, such as "RGB"; of 16 bits the upper 8, where PIL makes all white."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    """``image`` in a mode of 8 bits a channel, such as "RGB"; of 16 bits the upper 8, where PIL makes all white.
+
+    Raises:
+        ValueError: numbers of more bits or of floating point, of which nobody says what is white.
+    """
+    if image.mode.startswith("I"):  # some files of 16 bits are opened as of 32
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65_535:
+            raise ValueError(f"pixels from {values.min()} to {values.max()}: convert it to 8 or 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers: convert it to 8 or 16 bits")
     return image.convert(mode)
 
 

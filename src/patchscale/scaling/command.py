@@ -53,7 +53,7 @@ def fit(
     if coarse and all(len(series.patches) < 4 for series in found):
         raise UserError(f"--coarse {' '.join(map(str, coarse))}: needs 3 patch sizes, and a finer one left to predict")
     for series in found:
-        console.print(f"\n[bold]{series.name}[/bold]", highlight=False)
+        console.print(f"\n{series.name}", style="bold", highlight=False)
         if len(series.patches) > 2:
             _print_law(series, of, axis, confidence, coarse, console)
         else:

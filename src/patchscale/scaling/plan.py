@@ -147,8 +147,8 @@ def subjects(options: Options) -> list[Subject]:
     check_model_name(options.model)
     given = {"embed_dim": options.embed_dim, "depth": options.depth, "num_classes": options.num_classes}
     arguments = {name: value for name, value in given.items() if value is not None}
-    size = options.img_size or timm.get_pretrained_cfg(options.model).input_size[-1]  # type: ignore[union-attr]
-    img_size = to_2tuple(size)
+    own_size = timm.get_pretrained_cfg(options.model).input_size[-1]  # type: ignore[union-attr]
+    img_size = to_2tuple(own_size if options.img_size is None else options.img_size)
     if not options.patch_sizes:
         raise UserError("--patch-sizes names none")
     twice = next((size for size in options.patch_sizes if options.patch_sizes.count(size) > 1), None)
@@ -156,7 +156,8 @@ def subjects(options: Options) -> list[Subject]:
         raise UserError(f"--patch-sizes names {twice} twice")
     for patch_size in options.patch_sizes:
         grid_size(img_size, patch_size)
-    for name, value in {"batch-size": options.batch_size, "images": options.images}.items():
+    counts = {"batch-size": options.batch_size, "images": options.images, "num-classes": options.num_classes}
+    for name, value in counts.items():
         if value < 1:
             raise UserError(f"--{name} is {value}, expected at least 1")
     with torch.device("meta"):
