@@ -152,6 +152,10 @@ def test_flags_are_read_as_the_fields_they_name():
         read_fields(["--patchsize", "4"])
     with pytest.raises(UserError, match="--epochs is 'ten'"):
         read_fields(["--epochs", "ten"])
+    with pytest.raises(UserError, match="--patch-size is given twice: give all its values after one"):
+        read_fields(["--patch-size", "8", "4", "--seed", "0", "--patch-size", "2"])
+    with pytest.raises(UserError, match="--batch-size is given twice"):
+        read_fields(["--global-batch", "16", "--batch-size", "8"])
 
 
 def test_a_run_is_written_as_a_recipe_file_that_says_the_same(tmp_path):
@@ -181,6 +185,14 @@ def test_studies_that_come_along_can_be_read(path, tmp_path):
         ({"all": TINY, "arm": [{}, {}]}, "two runs are run"),
         ({"all": 3}, "all is 3"),
         ({"hold": "flops", "all": {}, "arm": [{"recipe": "digits_three_stage"}]}, "runs of one stage"),
+        ({"all": TINY | {"control": 3}}, r"control is 3, expected one name; each further one is an \[\[arm\]\]"),
+        ({"all": TINY, "arm": [{"control": ["b", "c"]}, {}]}, r"control is \['b', 'c'\], expected one name"),
+        ({"all": TINY | {"recipe": 3}}, "recipe is 3, expected one name"),
+        ({"all": TINY, "arm": [1, 2]}, r"arm has 1 in it; the fields of an arm go under \[\[arm\]\]"),
+        ({"all": TINY | {"tokens_a_side": "x", "patch_size": 4}}, "tokens_a_side is 'x', expected a whole number"),
+        ({"all": TINY | {"tokens_a_side": [4, 0], "patch_size": 4}}, "tokens_a_side is 0, expected a whole number, 1"),
+        ({"all": TINY | {"tokens_a_side": 4, "patch_size": "y"}}, "patch_size is 'y', expected a whole number"),
+        ({"all": TINY | {"seed": [0, -1]}}, "--seed is -1, expected 0 or more"),
     ],
 )
 def test_what_a_study_cannot_say_is_refused(content, message):

@@ -26,6 +26,7 @@ def test_a_recipe_survives_json():
         ("eval_crop", 0.0, "--eval-crop"),
         ("ema_decay", 1.0, "--ema-decay"),
         ("clip_grad", 0.0, "--clip-grad"),
+        ("seed", -1, "--seed is -1, expected 0 or more"),
         ("pixel_swaps", -1, "--pixel-swaps"),
         ("swap_distance", 0, "--swap-distance"),
         ("swap_distance", 2, "--swap-distance is for --pixel-swaps: give both"),

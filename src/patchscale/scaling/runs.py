@@ -125,7 +125,11 @@ def make_study(content: dict[str, Any], name: str, changes: dict[str, Any] | Non
     hold = content.get("hold", "epochs")
     if hold not in get_args(Hold):
         raise UserError(f"hold is {hold!r}, expected one of {', '.join(get_args(Hold))}")
-    arms = [content.get("all", {}) | arm | (changes or {}) for arm in content.get("arm") or [{}]]
+    arms = content.get("arm") or [{}]
+    bad = next((arm for arm in arms if not isinstance(arm, dict)), None)
+    if bad is not None:
+        raise UserError(f"arm has {bad!r} in it; the fields of an arm go under [[arm]]")
+    arms = [content.get("all", {}) | arm | (changes or {}) for arm in arms]
     tells_apart = [len({str(arm.get(key)) for arm in arms}) > 1 for key in ("control", "model")]
     runs = [run for arm in arms for run in _runs_of(arm, *tells_apart)]
     names = [run.name for run in runs]
@@ -139,6 +143,9 @@ def _runs_of(arm: dict[str, Any], name_control: bool, name_model: bool) -> Itera
     """Every combination of the values that an arm sweeps."""
     values = dict(arm)
     control, recipe = values.pop("control", CONTROL), values.pop("recipe", "")
+    for name, value in (("control", control), ("recipe", recipe)):
+        if not isinstance(value, str):
+            raise UserError(f"{name} is {value!r}, expected one name; each further one is an [[arm]] of its own")
     unknown = sorted(values.keys() - _HINTS.keys() - _ARM_KEYS.keys())
     if unknown:
         raise UserError(f"unknown field {', '.join(unknown)}; see `patchscale train --help`")
@@ -154,7 +161,11 @@ def _runs_of(arm: dict[str, Any], name_control: bool, name_model: bool) -> Itera
         fields = values | chosen
         side = fields.pop("tokens_a_side", None)
         if side is not None:
-            fields["img_size"] = side * _needed(fields, "patch_size")
+            patch_size = _needed(fields, "patch_size")
+            for name, value in (("tokens_a_side", side), ("patch_size", patch_size)):
+                if not fits(value, int) or value < 1:
+                    raise UserError(f"{name} is {value!r}, expected a whole number, 1 or more")
+            fields["img_size"] = side * patch_size
         stages = file.stages if file is not None else {SINGLE_STAGE: {}}
         made = {}
         for stage, own in stages.items():
@@ -251,7 +262,7 @@ def read_fields(words: Sequence[str]) -> dict[str, Any]:
     """Flags of ``patchscale train`` as fields of a study, several values of one flag to be swept.
 
     Raises:
-        UserError: an unknown flag, or a value of another type.
+        UserError: an unknown flag, one that is given twice, or a value of another type.
     """
     fields: dict[str, Any] = {}
     groups: list[tuple[str, list[str]]] = []
@@ -271,6 +282,8 @@ def read_fields(words: Sequence[str]) -> dict[str, Any]:
             hint = _HINTS[name]
         else:
             raise UserError(f"unknown flag {flag}; see `patchscale train --help` and `patchscale sweep --help`")
+        if name in fields:
+            raise UserError(f"{flag} is given twice: give all its values after one, as in {flag} 1 2")
         read = [_read_value(flag, value, hint) for value in values] if values else [True]
         several = len(read) > 1 or get_origin(hint) is tuple
         fields[name] = read if several else read[0]

@@ -192,6 +192,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{_flag(name)} is {value}, expected more than 0")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}, expected 0 or more")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise UserError(f"--crop-scale is {low} {high}, expected 0 < low <= high <= 1")
