@@ -176,6 +176,8 @@ def test_studies_that_come_along_can_be_read(path, tmp_path):
     ("content", "message"),
     [
         ({"grid": {}}, "unknown grid; a study has all, arm, hold, name"),
+        ({"name": "", "all": TINY}, "name is '', expected a name for rows and a folder"),
+        ({"name": "../x", "all": TINY}, "name is '../x', expected a name for rows and a folder"),
         ({"hold": "time"}, "hold is 'time', expected one of epochs, flops"),
         ({"all": {"data": "digits"}}, "names no model: add it under .all., or give --model"),
         ({"all": TINY | {"patchsize": 4}}, "unknown field patchsize"),

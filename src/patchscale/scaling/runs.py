@@ -122,6 +122,9 @@ def make_study(content: dict[str, Any], name: str, changes: dict[str, Any] | Non
     for key, kind in (("name", str), ("all", dict), ("arm", list)):
         if not isinstance(content.get(key, kind()), kind):
             raise UserError(f"{key} is {content[key]!r}; the head of patchscale/scaling/runs.py shows a study file")
+    name = content.get("name", name)
+    if not name.strip() or name in (".", "..") or re.search(r"[/\\]", name):
+        raise UserError(f"name is {name!r}, expected a name for rows and a folder: not empty, without / and \\")
     hold = content.get("hold", "epochs")
     if hold not in get_args(Hold):
         raise UserError(f"hold is {hold!r}, expected one of {', '.join(get_args(Hold))}")
@@ -136,7 +139,7 @@ def make_study(content: dict[str, Any], name: str, changes: dict[str, Any] | Non
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
         raise UserError(f"two runs are {twice}: give their arms different controls, or remove one")
-    return Study(content.get("name", name), tuple(_same_flops(runs) if hold == "flops" else runs), hold)
+    return Study(name, tuple(_same_flops(runs) if hold == "flops" else runs), hold)
 
 
 def _runs_of(arm: dict[str, Any], name_control: bool, name_model: bool) -> Iterator[Run]:
