@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from patchscale.errors import UserError
 from patchscale.models import Adventurer
 from patchscale.scaling.runs import image_flops, make_study, planned_flops, read_fields, read_study, to_recipe_file
+from patchscale.scaling.study import find_series, group_cells
 from patchscale.train.recipe import Recipe
 from patchscale.train.stages import read_recipe_file
 
@@ -66,6 +67,32 @@ def test_what_a_row_of_results_does_not_tell_is_told_by_the_control():
     runs = make_study({"all": TINY | swept, "arm": [{"control": "swaps"}]}, "s").runs
     assert [r.control for r in runs] == ["swaps, pixel_swaps 0"] * 2 + ["swaps, pixel_swaps 8"] * 2
     assert [r.name for r in runs] == [f"swaps{n}-seed{s}" for n in (0, 8) for s in (0, 1)]
+
+
+def test_extended_sequences_are_told_apart_from_patch_sizes(cell):
+    swept = TINY | {"patch_size": [8, 4, 2], "extend": [1, 2]}
+    runs = make_study({"all": swept}, "s").runs
+    assert [(r.name, r.control) for r in runs] == [
+        ("patch8-extend1", "scale"), ("patch8-extend2", "scale, extend 2"),
+        ("patch4-extend1", "scale"), ("patch4-extend2", "scale, extend 2"),
+        ("patch2-extend1", "scale"), ("patch2-extend2", "scale, extend 2"),
+    ]  # fmt: skip
+    rows = []
+    for run in runs:
+        recipe = run.stages["train"]
+        tokens = (8 * recipe.extend // recipe.patch_size) ** 2
+        rows.append(cell(recipe.patch_size, img_size=8, tokens=tokens, control=run.control))
+    plain, extended = find_series(group_cells(rows))
+    assert [group.first.tokens for group in plain.groups] == [1, 4, 16]
+    assert [group.first.tokens for group in extended.groups] == [4, 16, 64]
+    (fixed,) = make_study({"all": TINY | {"extend": 4}}, "s").runs
+    assert fixed.control == "scale, extend 4"
+
+
+def test_a_control_that_a_study_names_is_left_as_it_is():
+    """Its rows are compared under that name, those of studies that have finished among them."""
+    study = read_study(STUDIES / "digits_extend.toml")
+    assert {run.control for run in study.runs} == {"scale", "extend"}
 
 
 def test_pre_training_is_counted_with_its_decoder_and_is_no_study_by_itself():

@@ -182,6 +182,9 @@ def _runs_of(arm: dict[str, Any], name_control: bool, name_model: bool) -> Itera
         words += [f"{_SHORT.get(k, k)}{v}" for k, v in chosen.items()]
         name = "-".join(re.sub(r"[^\w.]+", "_", word) for word in words if word) or "run"
         untold = [f"{field} {value}" for field, value in chosen.items() if field not in _IN_ROWS]
+        if control == CONTROL and made[stage].extend != 1:
+            # A row tells it by its tokens; but a law over patch sizes is of one number of tokens at each.
+            untold.append(f"extend {made[stage].extend}")
         yield Run(name, ", ".join([control, *untold]), recipe, made)
 
 
