@@ -1,13 +1,17 @@
-"""Writing files so that none is ever half-written."""
+"""Writing files so that none is ever half-written, nor by two processes at once."""
 
+import contextlib
 import os
+import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from patchscale.errors import UserError, first_line
+
+LOCK = ".lock"
 
 
 def make_folder(folder: Path) -> None:
@@ -22,6 +26,41 @@ def make_folder(folder: Path) -> None:
             pass
     except OSError as e:
         raise UserError(f"cannot write to {folder}: {e.strerror}; choose another place") from e
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder, which exists, to this process while inside. The system lets go of it at the process's end.
+
+    Where there are no such locks (Windows, some shared file systems) nothing is kept and nothing refused.
+
+    Raises:
+        UserError: another process has it.
+    """
+    path = folder / LOCK
+    try:
+        import fcntl
+
+        file = open(path, "a+")  # noqa: SIM115
+    except (ImportError, OSError):
+        yield
+        return
+    with file:
+        try:
+            # Not flock: that would pass to the workers that this process forks, which outlive it by seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by {file.read() or 'another process'}: wait for it, stop it, or choose another "
+                f"--output; if it is gone all the same, remove {path}"
+            ) from e
+        except OSError:  # a file system without locks
+            pass
+        with contextlib.suppress(OSError):  # a full disk: the lock is held without a name
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
 
 
 def write_atomically(

@@ -1,6 +1,7 @@
 """Runs that are stopped, killed and damaged: they end as if nothing had happened, or say clearly why they cannot."""
 
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -136,6 +137,25 @@ def test_killed_at_twenty_random_moments_a_run_ends_with_the_weights_of_an_undis
     assert len(set(steps)) > 5  # the kills fell into different places
     assert digest(whole.folder) == digest(parts.folder)
     assert losses(whole.folder) == losses(parts.folder)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fcntl") is None, reason="no locks on this system")
+def test_two_processes_do_not_train_in_one_folder(recipe):
+    run = recipe(epochs=2000, save_minutes=0.0, trackers=())
+    child = multiprocessing.get_context("fork").Process(target=train, args=(run,))
+    child.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not (run.output / "last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with pytest.raises(UserError, match=rf"run is in use by process {child.pid} on .*: wait for it, stop it, or"):
+            train(run)
+        assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
+    with pytest.raises(Interrupted):  # what was killed holds nothing
+        train(run, observer=Ask(signal.SIGTERM, 1))
 
 
 def stopped(recipe, **changes) -> Path:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from patchscale.data.sampling import EpochSampler, ShareSampler, draw_patch_size, seed_words
 from patchscale.data.sources import Unreadable
 from patchscale.errors import Interrupted, TrainingStopped, UserError, first_line
-from patchscale.files import make_folder, write_atomically
+from patchscale.files import locked, make_folder, write_atomically
 from patchscale.train.build import (
     STOP_SIGNALS,
     create_model,
@@ -74,6 +74,7 @@ def train(
 
     The run's folder gets ``recipe.json``, ``run.json``, ``metrics.jsonl``, ``curves.png``, what the trackers write, and
     the checkpoints ``last.pt``, ``previous.pt`` and ``best.pt``. Where the folder holds this run already, it goes on.
+    One process at a time trains in a folder, or one group of processes.
 
     Random numbers follow from the seed and the place in the run alone. So a run that was killed, at any moment, ends
     with the weights of one that was not, to the last bit, on the same machine with as many processes.
@@ -86,7 +87,7 @@ def train(
         command: the command line, for the record.
 
     Raises:
-        UserError: something in the recipe is wrong, or it differs from the run's.
+        UserError: something in the recipe is wrong, it differs from the run's, or another process trains in the folder.
         TrainingStopped: the loss is not finite, or another process is gone.
         Interrupted: SIGTERM, SIGINT or SIGUSR1 came; all is saved, and the same call goes on.
     """
@@ -95,9 +96,10 @@ def train(
     processes = Processes(fabric)
     observer = observer if observer is not None and processes.is_first else Observer()
     try:
-        run = _Run(recipe, resume, observer, processes, override)
-        with _stop_signals(run):
-            return run.run(command)
+        with contextlib.ExitStack() as held:
+            run = _Run(recipe, resume, observer, processes, override, held)
+            with _stop_signals(run):
+                return run.run(command)
     except Interrupted:
         raise
     except RuntimeError as e:
@@ -154,11 +156,21 @@ def _stop_signals(run: "_Run") -> Iterator[None]:
 
 class _Run:
     def __init__(
-        self, recipe: Recipe, resume: Path | None, observer: Observer, processes: Processes, override: bool
+        self,
+        recipe: Recipe,
+        resume: Path | None,
+        observer: Observer,
+        processes: Processes,
+        override: bool,
+        held: contextlib.ExitStack,
     ) -> None:
-        self.recipe, self.observer, self.processes = recipe, observer, processes
+        self.recipe, self.observer, self.processes, self.held = recipe, observer, processes, held
         self.device, self.asked_to_stop = processes.device, 0
         self.folder: Path = processes.tell(run_folder(recipe, resume) if processes.is_first else None)
+        # Before anything in it is read; a new run makes its folder only once nothing can be refused any more.
+        self.is_new = not self.folder.is_dir()
+        if processes.is_first and not self.is_new:
+            held.enter_context(locked(self.folder))
         if recipe.precision == "bf16-mixed" and emulates_bfloat16(self.device):
             observer.note("this processor has no instructions for bfloat16: --precision 32-true is faster here")
         if (recipe.warmup_epochs or 0) >= recipe.epochs:
@@ -261,6 +273,9 @@ class _Run:
     def run(self, command: list[str] | None) -> Result:
         recipe = self.recipe
         if self.processes.is_first:
+            make_folder(self.folder)
+            if self.is_new:
+                self.held.enter_context(locked(self.folder))
             prepare_folder(self.folder)
             describe_run(self.folder, recipe.to_dict(), command, recipe.trackers)
         if self.epochs_done >= recipe.epochs:
