@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from patchscale.errors import UserError
+from patchscale.files import locked
 from patchscale.scaling.results import read_results
 from patchscale.scaling.runs import make_study
 from patchscale.scaling.sweep import is_finished, stage_folders, sweep
+from patchscale.train.checkpoint import read_training_state
 from patchscale.train.evaluate import evaluate
+from patchscale.train.logs import read_rows
 from patchscale.train.loop import train
 
 TINY = {
@@ -131,6 +134,14 @@ save_minutes = 0.0
 """
 
 
+def is_trained_in(folder: Path) -> bool:
+    try:
+        with locked(folder):
+            return False
+    except UserError:
+        return True
+
+
 @pytest.mark.slow
 def test_a_stopped_sweep_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     """By the command line: SIGINT to the sweep, which passes it on, and SIGKILL to all."""
@@ -163,12 +174,21 @@ def test_a_stopped_sweep_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     deadline = time.monotonic() + 60
     while all(p.stat().st_mtime_ns == t for p, t in before.items()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(second.pid, signal.SIGKILL)
+    os.killpg(second.pid, signal.SIGKILL)  # not the runs, which have groups of their own
     second.communicate()
+    assert {p.stat().st_mtime_ns for p in before} != set(before.values())
+    folders = [p.parent for p in before]
+    deadline = time.monotonic() + 60
+    while any(map(is_trained_in, folders)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_trained_in, folders))
+    assert all(read_training_state(f)["epoch"] < 30 for f in folders)
 
     last = start(tmp_path / "parts")
     out, said = last.communicate(timeout=400)
     assert last.returncode == 0, said
     assert "2 runs in" in out
+    for folder in folders:
+        assert [row["epoch"] for row in read_rows(folder / "metrics.jsonl")] == list(range(1, 31))
     for cell, expected in zip(read_results(tmp_path / "parts"), read_results(tmp_path / "whole"), strict=True):
         assert (cell.top1, cell.val_loss, cell.train_loss) == (expected.top1, expected.val_loss, expected.train_loss)

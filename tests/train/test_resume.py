@@ -64,7 +64,9 @@ def losses(folder: Path) -> list[float]:
 
 
 # An epoch is ten steps.
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 3), (signal.SIGINT, 10), (signal.SIGUSR1, 14)])
+@pytest.mark.parametrize(
+    ("number", "step"), [(signal.SIGTERM, 3), (signal.SIGINT, 10), (signal.SIGUSR1, 14), (signal.SIGHUP, 3)]
+)
 def test_a_signal_stops_a_run_after_its_step_and_the_same_call_goes_on(recipe, tmp_path, number, step):
     settings = EVERYTHING | {"workers": 0, "epochs": 2}
     whole = train(recipe(**settings, output=tmp_path / "whole"))
@@ -77,6 +79,16 @@ def test_a_signal_stops_a_run_after_its_step_and_the_same_call_goes_on(recipe, t
     assert digest(whole.folder) == digest(parts.folder)
     assert losses(whole.folder) == losses(parts.folder)
     assert whole.scores == parts.scores
+
+
+def test_under_nohup_a_run_outlives_its_terminal(recipe):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = train(recipe(epochs=1), observer=Ask(signal.SIGHUP, 3))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert [report.epoch for report in result.reports] == [1]
 
 
 def test_a_signal_during_evaluation_repeats_the_evaluation_alone(recipe, tmp_path):

@@ -26,7 +26,7 @@ from patchscale.errors import INTERRUPTED, Interrupted, TrainingStopped, UserErr
 from patchscale.files import make_folder, write_atomically
 from patchscale.scaling.results import FILE, Cell, write_results
 from patchscale.scaling.runs import Run, Study, image_flops, planned_flops, to_recipe_file
-from patchscale.train.build import create_model, trained_module
+from patchscale.train.build import create_model, stop_signals, trained_module
 from patchscale.train.checkpoint import LAST, read_training_state
 from patchscale.train.describe import RUN as RUN_RECORD
 from patchscale.train.device import keep_freed_memory
@@ -280,7 +280,7 @@ class _Pool:
 
     def __enter__(self) -> "_Pool":
         with contextlib.suppress(ValueError):  # not the main thread
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in stop_signals():
                 self.before[number] = signal.signal(number, self._stop)
         return self
 
@@ -341,11 +341,12 @@ def _terminate(process: Any) -> None:
 
 
 def _run(run: Run, folder: Path, device: str | None, threads: int, told: Any) -> None:
-    """One run of the sweep in ``folder``, in its own process."""
+    """One run of the sweep in ``folder``, in its own process; it saves and ends when the sweep's is gone."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C is for the sweep, which passes it on
     torch.set_num_threads(threads)
     keep_freed_memory()
+    sweep_process: Any = multiprocessing.parent_process()
     steps = [recipe.epochs for recipe in run.stages.values()]
     names = list(run.stages)
 
@@ -357,9 +358,15 @@ def _run(run: Run, folder: Path, device: str | None, threads: int, told: Any) ->
 
         def progress(self, progress: Progress) -> None:
             now = time.monotonic()
-            if progress.phase != "train" or now - self.said < _TELL_SECONDS:
+            if now - self.said < _TELL_SECONDS:
                 return
             self.said = now
+            if not sweep_process.is_alive():  # killed; the same command again starts this run again
+                told.cancel_join_thread()  # nobody reads it any more
+                signal.raise_signal(signal.SIGTERM)
+                return
+            if progress.phase != "train":
+                return
             epochs = self.before + progress.epoch - 1 + progress.step / progress.steps
             where = f"{self.prefix}epoch {progress.epoch}/{progress.epochs}"
             told.put((run.name, {"share": epochs / sum(steps), "where": where, "loss": progress.loss}))

@@ -34,8 +34,15 @@ from patchscale.train.checkpoint import load_model
 from patchscale.train.device import default_workers
 from patchscale.train.recipe import Recipe
 
-# Signals that ask a run to save and end: what schedulers send before they kill, and Ctrl-C.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+def stop_signals() -> list[int]:
+    """Signals that ask a run to save and end: what schedulers send before they kill, Ctrl-C, and a terminal's end.
+
+    That last one is left out where it is ignored: nohup has a run outlive its terminal.
+    """
+    names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    found: list[int] = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [n for n in found if signal.Signals(n).name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def open_sources(recipe: Recipe) -> tuple[Source, Source]:
@@ -287,8 +294,8 @@ def make_loader(
 
 def _leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C and a scheduler's signals reach every process of the group; the run decides when its workers end."""
-    for name in STOP_SIGNALS:
-        signal.signal(name, signal.SIG_IGN)
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register

@@ -22,7 +22,6 @@ from patchscale.data.sources import Unreadable
 from patchscale.errors import Interrupted, TrainingStopped, UserError, first_line
 from patchscale.files import locked, make_folder, write_atomically
 from patchscale.train.build import (
-    STOP_SIGNALS,
     create_model,
     make_decoder,
     make_loader,
@@ -37,6 +36,7 @@ from patchscale.train.build import (
     refuse_or_note,
     run_folder,
     start_from,
+    stop_signals,
     trained_module,
     training_transform,
 )
@@ -89,7 +89,7 @@ def train(
     Raises:
         UserError: something in the recipe is wrong, it differs from the run's, or another process trains in the folder.
         TrainingStopped: the loss is not finite, or another process is gone.
-        Interrupted: SIGTERM, SIGINT or SIGUSR1 came; all is saved, and the same call goes on.
+        Interrupted: SIGTERM, SIGINT, SIGUSR1 or SIGHUP came; all is saved, and the same call goes on.
     """
     fabric = make_fabric(recipe)
     fabric.launch()
@@ -146,7 +146,7 @@ def _stop_signals(run: "_Run") -> Iterator[None]:
             raise KeyboardInterrupt
         run.asked_to_stop = number
 
-    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, ask) for number in stop_signals()}
     try:
         yield
     finally:
