@@ -1,8 +1,10 @@
 """Whole sweeps on the digits, with models of a moment."""
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from patchscale.errors import UserError
+from patchscale.errors import Interrupted, UserError
 from patchscale.files import locked
-from patchscale.scaling.results import read_results
+from patchscale.scaling.results import read_results, write_results
 from patchscale.scaling.runs import make_study
 from patchscale.scaling.sweep import is_finished, stage_folders, sweep
 from patchscale.train.checkpoint import read_training_state
@@ -132,6 +134,51 @@ patch_size = [4, 2]
 epochs = 30
 save_minutes = 0.0
 """
+
+
+def test_rows_of_other_runs_stay_in_the_file(done, tmp_path, cell):
+    study, folder, cells, _ = done
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    write_results(tmp_path / "results.jsonl", [replace(cells[1], top1=1.0), cell(seed=7)])
+    assert sweep(study, tmp_path) == cells
+    assert read_results(tmp_path) == [cell(seed=7), *cells]
+
+
+def test_a_sweep_that_is_stopped_loses_no_row(done, tmp_path):
+    study, folder, cells, _ = done
+    shutil.copy(folder / "results.jsonl", tmp_path)
+    with pytest.raises(Interrupted, match="stopped with 0 of 4 runs finished"):
+        sweep(study, tmp_path, 1, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert read_results(tmp_path) == cells
+
+
+def test_results_that_cannot_be_read_are_refused_before_anything_is_done(done, tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"top1": 90}\n')
+    with pytest.raises(UserError, match=r"results\.jsonl, line 1: the row lacks study"):
+        sweep(done[0], tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} <= {"results.jsonl", ".lock"}
+    assert (tmp_path / "results.jsonl").read_text() == '{"top1": 90}\n'
+
+
+def test_an_empty_file_of_results_holds_no_rows(done, tmp_path):
+    study, folder, cells, _ = done
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "results.jsonl").write_text("")
+    assert sweep(study, tmp_path) == read_results(tmp_path) == cells
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fcntl") is None, reason="no locks on this system")
+def test_two_sweeps_are_not_at_work_in_one_folder(done, tmp_path):
+    script = (
+        "import sys, pathlib, patchscale.files as f\nwith f.locked(pathlib.Path(sys.argv[1])):\n print(1)\n input()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "1\n"
+        with pytest.raises(UserError, match=rf"is in use by process {other.pid} on "):
+            sweep(done[0], tmp_path)
+        other.communicate("\n")
+    assert not (tmp_path / "runs").exists()
 
 
 def is_trained_in(folder: Path) -> bool:

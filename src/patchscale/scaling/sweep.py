@@ -1,8 +1,8 @@
 """Run the runs of a study, several at a time, and gather what came out.
 
 A sweep's folder holds ``study.json``, ``runs/NAME/`` for each run with its ``recipe.toml`` beside the stages' own
-folders, and ``results.jsonl``, one row for each finished run. The same call again goes on: what is finished stays, what
-was killed continues from its last checkpoint.
+folders, and ``results.jsonl``, one row for each finished run; rows of other runs that the file holds stay in it. The
+same call again goes on: what is finished stays, what was killed continues from its last checkpoint.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from patchscale.errors import INTERRUPTED, Interrupted, TrainingStopped, UserError
-from patchscale.files import make_folder, write_atomically
-from patchscale.scaling.results import FILE, Cell, write_results
+from patchscale.files import locked, make_folder, write_atomically
+from patchscale.scaling.results import FILE, Cell, read_results, write_results
 from patchscale.scaling.runs import Run, Study, image_flops, planned_flops, to_recipe_file
 from patchscale.train.build import create_model, stop_signals, trained_module
 from patchscale.train.checkpoint import LAST, read_training_state
@@ -79,12 +79,22 @@ def sweep(
         One row for each run.
 
     Raises:
-        UserError: fewer than one job; the folder holds other runs of these names, a run cannot be made, or some failed:
-            all others are finished then.
+        UserError: fewer than one job; another sweep is at work in the folder; it holds other runs of these names, or
+            results that cannot be read; a run cannot be made, or some failed: all others are finished then.
         Interrupted: a stop signal came; each run has saved, and the same call goes on.
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}, expected at least 1 run at a time")
+    make_folder(folder)
+    with locked(folder):
+        return _sweep(study, folder, jobs, watch)
+
+
+def _sweep(
+    study: Study, folder: Path, jobs: int | None, watch: Callable[[list[State], float | None], None] | None
+) -> list[Cell]:
+    file = folder / FILE
+    held = read_results(file) if file.exists() and file.stat().st_size else []
     prepare(study, folder)
     states = [State(run, cost=_planned_cost(run)) for run in study.runs]
     for state in states:
@@ -93,16 +103,16 @@ def sweep(
     gpus = torch.cuda.device_count()
     jobs = jobs or gpus or os.cpu_count() or 1
     waiting = sorted((s for s in states if s.state == "waiting"), key=lambda s: -s.cost)
+    cells = collect(study, folder, held)
     with _Pool(folder, jobs, gpus) as pool:
         while (waiting or pool.running) and not (pool.asked_to_stop and not pool.running):
             while waiting and len(pool.running) < jobs and not pool.asked_to_stop:
                 pool.start(waiting.pop(0))
             if pool.turn():
-                collect(study, folder)
+                cells = collect(study, folder, held)
             if watch is not None:
                 watch(states, _seconds_left(states, jobs))
         stopped = pool.asked_to_stop
-    cells = collect(study, folder)
     failed = [s for s in states if s.state == "failed"]
     if failed:
         more = f", and {len(failed) - 1} more failed" if len(failed) > 1 else ""
@@ -152,14 +162,20 @@ def is_finished(run: Run, folder: Path) -> bool:
     return (last / LAST).exists() and read_training_state(last)["epoch"] >= recipe.epochs
 
 
-def collect(study: Study, folder: Path) -> list[Cell]:
+def collect(study: Study, folder: Path, held: Sequence[Cell] = ()) -> list[Cell]:
     """The rows of all finished runs, from their folders; written to ``results.jsonl`` too.
+
+    Args:
+        study: whose runs.
+        folder: of the sweep.
+        held: rows that the file held before; those of other runs, or of a run that has not finished here, stay.
 
     Raises:
         UserError: a folder cannot be read, or written to.
     """
     cells = [cell for run in study.runs if is_finished(run, folder) for cell in cells_of(study, run, folder)]
-    write_results(folder / FILE, cells)
+    new = {cell.key for cell in cells}
+    write_results(folder / FILE, [*(cell for cell in held if cell.key not in new), *cells])
     return cells
 
 
