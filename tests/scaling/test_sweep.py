@@ -181,6 +181,34 @@ def test_two_sweeps_are_not_at_work_in_one_folder(done, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("file", ["metrics.jsonl", "run.json"])
+@pytest.mark.parametrize("content", [None, "", "{}\n"])
+def test_a_finished_run_with_a_damaged_file_is_named(done, tmp_path, file, content):
+    study, folder, _, _ = done
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    damaged = stage_folders(study.runs[1], tmp_path)[0] / file
+    damaged.unlink() if content is None else damaged.write_text(content)
+    message = rf"scale-patch4 is finished, but its {re.escape(file)} is gone or damaged: remove .*scale-patch4, and it"
+    with pytest.raises(UserError, match=message):
+        sweep(study, tmp_path)
+    assert read_results(tmp_path) == read_results(folder)
+
+
+def test_after_an_error_runs_that_are_going_save(tmp_path):
+    slow = TINY | {"patch_size": 4, "epochs": 1, "limit_train": 1400, "limit_val": 64, "global_batch": 1}
+    study = make_study({"all": slow}, "s")
+
+    def watch(states, left):
+        if states[0].share > 0:
+            raise UserError("an error here")
+
+    with pytest.raises(UserError, match="an error here"):
+        sweep(study, tmp_path, 1, watch)
+    saved = read_training_state(stage_folders(study.runs[0], tmp_path)[0])
+    assert 0 < saved["step"] < 1400
+    assert not is_trained_in(stage_folders(study.runs[0], tmp_path)[0])
+
+
 def is_trained_in(folder: Path) -> bool:
     try:
         with locked(folder):

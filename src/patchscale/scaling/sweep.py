@@ -31,6 +31,7 @@ from patchscale.train.checkpoint import LAST, read_training_state
 from patchscale.train.describe import RUN as RUN_RECORD
 from patchscale.train.device import keep_freed_memory
 from patchscale.train.evaluate import evaluate
+from patchscale.train.logs import METRICS, read_rows
 from patchscale.train.observer import EpochReport, Observer, Progress
 from patchscale.train.recipe import Recipe
 from patchscale.train.stages import run_stages
@@ -180,12 +181,21 @@ def collect(study: Study, folder: Path, held: Sequence[Cell] = ()) -> list[Cell]
 
 
 def cells_of(study: Study, run: Run, folder: Path) -> list[Cell]:
-    """What one finished run came to, from the files it left; of one for several patch sizes, at each of them."""
+    """What one finished run came to, from the files it left; of one for several patch sizes, at each of them.
+
+    Raises:
+        UserError: one of the files is gone or damaged.
+    """
     folders = stage_folders(run, folder)
     states = [read_training_state(f) for f in folders]
-    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
-    start = json.loads((folders[-1] / RUN_RECORD).read_text())["starts"][-1]
-    git = start["git"]
+    rows = [read_rows(f / METRICS) for f in folders]
+    if any(not part or part[-1].get("epoch") != r.epochs for part, r in zip(rows, run.stages.values(), strict=True)):
+        raise _damaged(run, folder, METRICS)
+    try:
+        start = json.loads((folders[-1] / RUN_RECORD).read_text())["starts"][-1]
+        git, devices, cpu, threads = (start[key] for key in ("git", "devices", "cpu", "threads"))
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise _damaged(run, folder, RUN_RECORD) from e
     flops = [_flops_of(state) for state in states]
     images = [state["step"] * recipe.global_batch for state, recipe in zip(states, run.stages.values(), strict=True)]
     last, row, recipe = states[-1], rows[-1][-1], list(run.stages.values())[-1]
@@ -210,7 +220,7 @@ def cells_of(study: Study, run: Run, folder: Path) -> list[Cell]:
         flops_forward=flops[-1][0],
         flops_training=sum(of_image * n for (_, of_image), n in zip(flops, images, strict=True)),
         seconds=sum(epoch["seconds"] for part in rows for epoch in part),
-        device=start["devices"][0] if start["devices"] != ["cpu"] else f"{start['cpu']}, {start['threads']} threads",
+        device=devices[0] if devices != ["cpu"] else f"{cpu}, {threads} threads",
         commit="unknown" if git is None else git["commit"] + "+" * git["dirty"],
         date=time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime((folders[-1] / LAST).stat().st_mtime)),
         data=recipe.data,
@@ -226,6 +236,11 @@ def cells_of(study: Study, run: Run, folder: Path) -> list[Cell]:
         return [cell]
     at_each = zip(score_by_patch(recipe, folders[-1]), _flops_by_patch(last), strict=True)
     return [replace(cell, flops_forward=forward, **scores) for scores, (forward, _) in at_each]
+
+
+def _damaged(run: Run, folder: Path, file: str) -> UserError:
+    place = run_folder(run, folder)
+    return UserError(f"{place} is finished, but its {file} is gone or damaged: remove {place}, and it is run again")
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -301,12 +316,14 @@ class _Pool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for _, process, _, _ in self.running.values():
-            process.kill()
+        if self.running:  # after an error: what was trained is kept all the same
+            self._stop()
+        while self.running:
+            self.turn()
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _stop(self, number: int, frame: object) -> None:
+    def _stop(self, *signal_and_frame: object) -> None:
         """Each run saves and ends; a second signal ends it at once, as it would alone."""
         self.asked_to_stop += 1
         for _, process, _, _ in self.running.values():
