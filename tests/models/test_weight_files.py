@@ -3,10 +3,13 @@
 import argparse
 import collections
 import contextlib
+import functools
+import http.server
 import os
 import pathlib
 import pickle
 import random
+import threading
 
 import huggingface_hub
 import pytest
@@ -284,6 +287,58 @@ def test_a_url_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr("patchscale.models.weight_files.download_cached_file", fail)
     with pytest.raises(UserError, match=r"cannot download https://example.org/x.pth.*no route to host"):
         read_checkpoint("https://example.org/x.pth")
+
+
+class Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A folder, and the address under which its files can be downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_downloads_of_the_same_name_are_kept_apart(served):
+    folder, address = served
+    models = {name: small() for name in "ab"}
+    for name, model in models.items():
+        (folder / name).mkdir()
+        save_file(model.state_dict(), folder / name / "model.safetensors")
+    for _ in range(2):  # the second time from the cache
+        for name, model in models.items():
+            weights = read_checkpoint(f"{address}/{name}/model.safetensors").weights
+            assert torch.equal(weights["pos_embed"], model.pos_embed)
+        for file in folder.glob("*/*"):
+            file.unlink()
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_a_damaged_download_can_be_deleted_by_its_message(name, served):
+    folder, address = served
+    (folder / name).write_bytes(b"<html>try again later</html>")
+    with pytest.raises(UserError, match=rf"{address}/{name}: delete it") as error:
+        read_checkpoint(f"{address}/{name}")
+    pathlib.Path(str(error.value).split(" is not a ")[0]).unlink()
+    (save_file if name.endswith("safetensors") else torch.save)(small().state_dict(), folder / name)
+    assert "pos_embed" in read_checkpoint(f"{address}/{name}").weights
+
+
+@pytest.mark.parametrize("url", ["http://[::1/x.pth", "http://127.0.0.1:port/x.pth", "http://127.0.0.1:1/x.pth"])
+def test_a_url_that_is_none(url, served):
+    with pytest.raises(UserError) as error:
+        read_checkpoint(url)
+    assert f"cannot download {url} (" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Weight files: found, read without running anyone's code, and put into a model."""
 
 import argparse
+import hashlib
+import http.client
 import json
 import math
 import os
@@ -8,7 +10,6 @@ import pathlib
 import pickle
 import pickletools
 import re
-import urllib.error
 from collections.abc import Set
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import safetensors
 import torch
 from timm.layers import to_2tuple
-from timm.models._hub import download_cached_file
+from timm.models._hub import download_cached_file, get_cache_dir
 from timm.models._input import get_pretrained_grid_size, update_model_args
 from torch import Tensor, nn
 
@@ -90,7 +91,12 @@ def read_checkpoint(source: str | os.PathLike, which: Which = "model") -> Checkp
     if which not in _STATE_KEYS:
         raise UserError(f"which is {which!r}, expected one of {', '.join(map(repr, _STATE_KEYS))}")
     path = _locate(source)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    try:
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    except UserError as e:
+        if not _is_url(source):
+            raise
+        raise UserError(f"{e}. It was downloaded from {source}: delete it to have it downloaded again") from e
     extra: dict[str, Any] = {}
     weights: Any = content
     holders = {key for keys in _STATE_KEYS.values() for key in keys}
@@ -246,6 +252,10 @@ def _first_global_of_bare_pickle(path: Path) -> str | None:
     return None
 
 
+def _is_url(source: str | os.PathLike) -> bool:
+    return str(source).startswith(("http://", "https://"))
+
+
 def _locate(source: str | os.PathLike) -> Path:
     text, path = str(source), Path(source)
     if path.is_dir():
@@ -260,12 +270,15 @@ def _locate(source: str | os.PathLike) -> Path:
         raise UserError(f"{path} holds {len(weights)} weight files; name one of them")
     if path.exists():
         return path
-    if text.startswith(("http://", "https://")):
+    if _is_url(source):
         try:
-            return Path(download_cached_file(text, check_hash=False))
-        except (urllib.error.URLError, OSError) as e:
+            # A folder for each URL: timm keeps files by their names alone, and many are called model.safetensors.
+            folder = Path(get_cache_dir(), hashlib.sha256(text.encode()).hexdigest()[:16])
+            return Path(download_cached_file(text, check_hash=False, cache_dir=folder))
+        except (OSError, ValueError, http.client.HTTPException) as e:
             raise UserError(
-                f"cannot download {text} ({e}): fetch it where there is a network, then give its path"
+                f"cannot download {text} ({first_line(e)}): check the address, or fetch the file where there is a "
+                "network and give its path"
             ) from e
     # A Hub id looks like a relative path: one that begins in a folder of this machine is a path.
     parts = text.removeprefix("hf-hub:").split("/")
