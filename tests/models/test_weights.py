@@ -13,6 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import adapt_input_conv
+from timm.models._hub import save_for_hf
 
 from patchscale import UserError, convert, create_from_checkpoint, load_weights, read_checkpoint
 from patchscale.models import Adventurer, ViT
@@ -365,6 +366,16 @@ def test_features_of_converted_weights(official, expected, tmp_path, assert_near
         expected["input.image"], indices=[1], intermediates_only=True
     )
     assert_near(found, wanted, 1e-5)
+
+
+def test_a_flip_rule_set_later_is_exported(tmp_path):
+    x = torch.randn(2, 3, 32, 32)
+    model = timm.create_model("adventurer_tiny_patch8_224", img_size=32, embed_dim=64, depth=3).eval()
+    model.set_flip("pairs")
+    save_for_hf(model, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert loaded.flip == "pairs"
+    assert torch.equal(loaded(x), model(x))
 
 
 def test_what_no_shape_tells_survives_conversion(tmp_path, assert_near):

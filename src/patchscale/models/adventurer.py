@@ -22,6 +22,7 @@ from timm.models import (
     register_model,
 )
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_args
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -191,6 +192,7 @@ class Adventurer(Backbone):
         self.flip = flip
         for i, block in enumerate(self.layers):
             block.mixer.reverse = FLIP_RULES[flip](i)
+        update_model_args(self, flip=flip)
 
     def set_sequence_group(self, group: ProcessGroup | None) -> None:
         """Cut the tokens of every image over the processes of a group; None for all of them in this process.
