@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,20 @@ def test_scores_are_the_metrics_by_their_definition():
     assert scores.top5 == pytest.approx(100 * (order[:, :5] == labels[:, None]).any(1).double().mean().item())
     assert scores.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
     assert scores.images == 40
+
+
+def test_images_whose_logits_are_no_numbers_are_wrong_and_make_the_loss_none():
+    """Whatever their labels: as those of a model that has diverged."""
+    images, labels = batch(classes=3)
+    whole = Classification(3).evaluate(Fixed(), [(images, labels)])
+    images[5:25], images[25:30, ..., 2] = math.nan, math.nan
+    batches = [(images[:8], labels[:8]), (images[8:16], labels[8:16]), (images[16:], labels[16:])]
+    scores = Classification(3).evaluate(Fixed(), batches)
+    right = images[:, 0, 0].nan_to_num().argmax(1) == labels
+    assert scores.top1 == pytest.approx(100 * (right[:5].sum() + right[30:].sum()).item() / 40)
+    assert scores.top5 == pytest.approx(100 * 15 / 40)
+    assert math.isnan(scores.loss)
+    assert math.isfinite(whole.loss)
 
 
 def test_with_fewer_than_five_classes_top5_is_complete():

@@ -228,6 +228,15 @@ def test_evaluation_hides_the_same_patches_whenever_and_in_whatever_batches(kind
     assert model.training
 
 
+def test_an_image_that_is_no_numbers_makes_the_loss_none():
+    model = made("vit")
+    images = torch.randn(4, 3, 8, 8)
+    images[1] = math.nan
+    scores = MaskedAutoencoding(model).evaluate(model, [(images[:1], torch.zeros(1)), (images[1:], torch.zeros(3))])
+    assert math.isnan(scores.loss)
+    assert scores.images == 4
+
+
 def test_nothing_to_evaluate_is_an_error():
     model = made("vit")
     with pytest.raises(UserError, match="no readable image"):
@@ -254,10 +263,13 @@ def test_a_picture_shows_the_image_what_is_visible_and_what_was_painted(patch, c
 def test_under_autocast_the_loss_is_in_float32():
     model = made("adventurer")
     task = MaskedAutoencoding(model)
+    images, noise = task.augment(torch.randn(2, 3, 8, 8), torch.zeros(2))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = task.loss(model, *task.augment(torch.randn(2, 3, 8, 8), torch.zeros(2)))
+        painted, hidden = model(images, noise)
+        loss = task.loss(model, images, noise)
+    assert painted.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
-    assert torch.isfinite(loss)
+    assert loss.item() == pytest.approx(direct_loss(images, painted.detach().float(), hidden, 2), rel=1e-6)
 
 
 @pytest.mark.parametrize(

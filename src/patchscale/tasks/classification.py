@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from patchscale.errors import UserError
 from patchscale.tasks import Loss
@@ -124,11 +123,11 @@ class Classification:
         """
         training = model.training
         model.eval()
-        best_of = [
-            MulticlassAccuracy(self.num_classes, top_k=min(k, self.num_classes), average="micro") for k in (1, 5)
-        ]
-        mean_loss, seen = MeanMetric().set_dtype(torch.float64), SumMetric().set_dtype(torch.float64)
-        metrics = [*best_of, mean_loss, seen]
+        # A NaN is part of the mean: torchmetrics would leave it out. Told not to, it passes over weights too, so it is
+        # given a value for each image.
+        best, among_best, mean_loss = (MeanMetric(nan_strategy="disable").set_dtype(torch.float64) for _ in range(3))
+        seen = SumMetric().set_dtype(torch.float64)
+        metrics = [best, among_best, mean_loss, seen]
         for images, labels in batches:
             logits = _float(model(images))
             counted = labels >= 0
@@ -136,9 +135,12 @@ class Classification:
             for metric in metrics:
                 metric.to(logits.device)
             if len(labels):
-                for accuracy in best_of:
-                    accuracy.update(logits, labels)
-                mean_loss.update(F.cross_entropy(logits, labels), len(labels))
+                # A NaN is torch's largest number: logits with one are wrong whatever the label.
+                numbers = ~logits.isnan().any(1)
+                first = logits.topk(min(5, self.num_classes), dim=1).indices
+                best.update((logits.argmax(1) == labels) & numbers)
+                among_best.update((first == labels[:, None]).any(1) & numbers)
+                mean_loss.update(F.cross_entropy(logits, labels, reduction="none"))
             seen.update(float(len(labels)))
         model.train(training)
         for metric in metrics:
@@ -146,7 +148,7 @@ class Classification:
         images_seen = int(seen.compute())
         if not images_seen:
             raise UserError("there is no readable image to evaluate on")
-        top1, top5 = (100 * accuracy.compute().item() for accuracy in best_of)
+        top1, top5 = (100 * accuracy.compute().item() for accuracy in (best, among_best))
         return Scores(top1, top5, mean_loss.compute().item(), images_seen)
 
     def picture(self, model: nn.Module, images: Tensor, mean: Any, std: Any) -> None:

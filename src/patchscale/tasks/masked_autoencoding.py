@@ -277,7 +277,9 @@ class MaskedAutoencoding:
         """
         training = model.training
         model.eval()
-        mean_loss, seen = MeanMetric().set_dtype(torch.float64), SumMetric().set_dtype(torch.float64)
+        # A NaN is part of the mean: torchmetrics would leave it out.
+        mean_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+        seen = SumMetric().set_dtype(torch.float64)
         for images, labels in batches:
             errors = self._errors(model, images, self._fixed_noise(images))[labels >= 0]
             for metric in (mean_loss, seen):
