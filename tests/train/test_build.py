@@ -8,7 +8,7 @@ from PIL import Image
 
 from patchscale.data.transforms import Preprocessing
 from patchscale.errors import UserError
-from patchscale.train.build import create_model, make_teacher, open_sources, prepare_folder
+from patchscale.train.build import create_model, make_task, make_teacher, open_sources, prepare_folder
 from patchscale.train.loop import train
 from patchscale.train.recipe import Recipe
 
@@ -42,6 +42,18 @@ def test_a_timm_model_with_weights_of_ones_own_teaches(tmp_path):
     mean, std = (torch.tensor(cfg[k])[:, None, None] for k in ("mean", "std"))
     expected = model(((image - mean) / std)[..., :1, :1].expand(2, 3, *cfg["input_size"][1:]))
     assert torch.allclose(teacher((image - 0.5) / 0.25), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_distilled_deit_learns_labels_with_one_head_and_from_the_teacher_with_the_other(alpha):
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1, num_classes=4)
+    teacher = timm.create_model("test_vit", img_size=32, num_classes=4)
+    recipe = distilled(teacher="test_vit", distillation_alpha=alpha)
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    make_task(recipe, model, 4, teacher).loss(model, images, labels).backward()
+    assert bool(model.head.weight.grad.any()) == (alpha == 0)
+    assert bool(model.head_dist.weight.grad.any()) == (alpha == 1)
+    assert model.eval()(images).shape == (2, 4)
 
 
 def test_other_classes_to_evaluate_on_are_refused(tmp_path, recipe):

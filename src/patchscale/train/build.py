@@ -206,6 +206,8 @@ def make_task(recipe: Recipe, module: nn.Module, num_classes: int, teacher: nn.M
     distillation = None
     if teacher is not None and recipe.distillation != "none":
         distillation = Distillation(teacher, recipe.distillation, recipe.distillation_alpha, recipe.distillation_tau)
+        if hasattr(module, "set_distilled_training"):  # timm's DeiT with a token for the teacher: it answers twice then
+            module.set_distilled_training(True)
     return Classification(
         num_classes, recipe.smoothing, recipe.mixup, recipe.cutmix, recipe.mixup_batch, recipe.loss, distillation
     )
