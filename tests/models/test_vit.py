@@ -273,6 +273,9 @@ def test_published_weights_come_from_timms_repository(tmp_path, monkeypatch, ass
         ({"embed_dim": 66, "num_heads": 1, "pos_embed": "sincos"}, ["66", "multiple of 4"]),
         ({"depth": 0}, ["depth is 0"]),
         ({"in_chans": 0}, ["in_chans is 0"]),
+        ({"drop_path_rate": -1}, ["drop_path_rate is -1", "0 to 1"]),
+        ({"drop_path_rate": 2}, ["drop_path_rate is 2", "0 to 1"]),
+        ({"pos_grid": (4,)}, ["pos_grid is (4,)", "1 row and 1 column"]),
         ({"pos_embed": "rope"}, ["'rope'", "'learn'", "'sincos'", "'none'"]),
     ],
 )

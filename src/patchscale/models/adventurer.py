@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from patchscale.errors import UserError
-from patchscale.models.backbone import Backbone, Positions, check_choice, check_positions
+from patchscale.models.backbone import Backbone, Positions, check_choice, check_positions, check_rates
 from patchscale.models.block import CONV_WIDTH, NORM_EPS, Block
 from patchscale.models.published import DEFAULT_IMG_SIZE, IMG_SIZES, PATCH_SIZES, PUBLISHED, SIZES, evaluation_crop
 from patchscale.models.tokens import PatchEmbed, Size, grid_size
@@ -78,7 +78,8 @@ class Adventurer(Backbone):
         sequence_group: processes to cut the tokens of an image over; see :meth:`set_sequence_group`.
 
     Raises:
-        UserError: sizes that do not fit each other, or an unknown ``flip``, ``pos_embed`` or ``global_pool``.
+        UserError: sizes that do not fit each other or are none, a rate outside [0, 1], or an unknown ``flip``,
+            ``pos_embed`` or ``global_pool``.
     """
 
     def __init__(
@@ -105,9 +106,11 @@ class Adventurer(Backbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {"embed_dim": embed_dim, "depth": depth, "in_chans": in_chans}.items():
+        widths = {"embed_dim": embed_dim, "d_state": d_state, "headdim": headdim, "expand": expand}
+        for name, value in (widths | {"depth": depth, "in_chans": in_chans}).items():
             if value < 1:
                 raise UserError(f"{name} is {value}, expected at least 1")
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         check_choice("flip", flip, FLIP_RULES)
         check_choice("global_pool", global_pool, GLOBAL_POOLS)
         check_positions(pos_embed, embed_dim, pos_grid)

@@ -273,8 +273,19 @@ def check_positions(pos_embed: str, embed_dim: int, pos_grid: Size | None) -> No
     check_choice("pos_embed", pos_embed, get_args(Positions))
     if pos_embed == "sincos" and embed_dim % 4:
         raise UserError(f"sin-cos positions need an embed_dim that is a multiple of 4, not {embed_dim}")
-    if pos_grid is not None and min(to_2tuple(pos_grid)) < 1:
+    if pos_grid is not None and (len(to_2tuple(pos_grid)) != 2 or min(to_2tuple(pos_grid)) < 1):
         raise UserError(f"pos_grid is {pos_grid}, expected at least 1 row and 1 column")
+
+
+def check_rates(**rates: float) -> None:
+    """Refuse shares that are none.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for name, rate in rates.items():
+        if not 0 <= rate <= 1:
+            raise UserError(f"{name} is {rate}, expected 0 to 1")
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:

@@ -25,7 +25,7 @@ from timm.models import VisionTransformer, build_model_with_cfg, generate_defaul
 from torch import Tensor, nn
 
 from patchscale.errors import UserError
-from patchscale.models.backbone import Backbone, Positions, check_positions
+from patchscale.models.backbone import Backbone, Positions, check_positions, check_rates
 from patchscale.models.published import DEIT, PIXEL_TRANSFORMER, Family, evaluation_crop
 from patchscale.models.tokens import PatchEmbed, Size
 from patchscale.models.weight_files import download, fit_for_timm
@@ -56,7 +56,8 @@ class ViT(Backbone, VisionTransformer):  # type: ignore[misc]  # it takes a patc
         **kwargs: timm's: ``embed_dim``, ``depth``, ``num_heads``, ``num_classes``, ``global_pool``, ...
 
     Raises:
-        UserError: sizes that do not fit each other, an unknown ``pos_embed``, or a ``pos_grid`` without places.
+        UserError: sizes that do not fit each other or are none, a rate outside [0, 1], an unknown ``pos_embed``, or a
+            ``pos_grid`` without places.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class ViT(Backbone, VisionTransformer):  # type: ignore[misc]  # it takes a patc
         for name in ("embed_dim", "depth", "num_heads", "in_chans"):
             if kwargs.get(name, 1) < 1:
                 raise UserError(f"{name} is {kwargs[name]}, expected at least 1")
+        check_rates(**{name: rate for name, rate in kwargs.items() if name.endswith("_rate")})
         if kwargs.get("dynamic_img_pad"):
             raise UserError("dynamic_img_pad is not for this model: resize or pad images to a whole number of patches")
         embed_dim, heads = kwargs.get("embed_dim", 768), kwargs.get("num_heads", 12)
