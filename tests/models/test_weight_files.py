@@ -9,10 +9,12 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import threading
 
 import huggingface_hub
 import pytest
+import timm
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from patchscale import UserError, create_from_checkpoint, load_weights, read_checkpoint
 from patchscale.files import make_folder, write_atomically
 from patchscale.models import Adventurer
-from patchscale.models.weight_files import download
+from patchscale.models.weight_files import download, fill
 
 
 def small(**kwargs) -> Adventurer:
@@ -72,8 +74,10 @@ def test_published_checkpoint_of_a_slurm_run(tmp_path, parity):
         (lambda state: {"model": state, "args": argparse.Namespace(lr=1.0)}, "released"),
         (lambda state: {"state_dict": state, "epoch": 3}, None),
         (lambda state: {f"module.{k}": v for k, v in state.items()}, None),
+        (lambda state: {f"_orig_mod.module.{k}": v for k, v in state.items()}, None),
+        (lambda state: {re.sub(r"(layers\.\d\.)", r"\1_orig_mod.", k): v for k, v in state.items()}, None),
     ],
-    ids=["bare", "model", "published", "timm", "data parallel"],
+    ids=["bare", "model", "published", "timm", "data parallel", "compiled", "blocks compiled"],
 )
 @pytest.mark.parametrize("zipped", [True, False])
 def test_layouts_of_checkpoints(content, flip, zipped, tmp_path):
@@ -369,6 +373,68 @@ def test_a_head_of_other_classes_may_keep_its_own(parity):
     weights = read_checkpoint(parity("checkpoint_official.pth")).weights
     for name, value in model.state_dict().items():
         assert torch.equal(value, head[name.removeprefix("head.")] if name.startswith("head.") else weights[name]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "heads"),
+    [
+        ("test_convnext", {}, ("head.fc.",)),  # whose head has a norm too
+        ("resnet10t", {}, ("fc.",)),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 32, "depth": 1}, ("head.", "head_dist.")),
+    ],
+)
+def test_heads_are_where_timm_says_they_are(name, sizes, heads, tmp_path):
+    trained = timm.create_model(name, num_classes=5, **sizes).state_dict()
+    source = {k: torch.rand_like(v.float()) for k, v in trained.items()}
+    save_file(source, tmp_path / "weights.safetensors")
+    model = timm.create_model(name, num_classes=7, **sizes)
+    own = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"same num_classes, or pass strict=False"):
+        load_weights(model, tmp_path / "weights.safetensors")
+    load_weights(model, tmp_path / "weights.safetensors", strict=False)
+    for k, value in model.state_dict().items():
+        assert torch.equal(value, own[k] if k.startswith(heads) else source[k].to(value.dtype)), k
+
+
+def test_an_unknown_way_to_resize_is_refused(parity):
+    with pytest.raises(UserError, match="resize is 'x', expected one of 'correct', 'published'"):
+        load_weights(small(), parity("checkpoint_official.pth"), resize="x")
+
+
+SHAPES = [(), (0,), (1,), (5, 5), (0, 0, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("key", "shapes"),
+    [
+        ("pos_embed", [*SHAPES, (1, 0, 32), (1, 1, 32), (1, 17, 0), (2, 17, 32)]),
+        ("patch_embed.proj.weight", [*SHAPES, (32, 3, 0, 0), (32, 0, 4, 4)]),
+        ("cls_token", SHAPES),
+        ("head.weight", SHAPES),
+        ("layers.0.mixer.A_log", [*SHAPES[:2], (200,), *SHAPES[3:]]),
+        ("layers.0.mixer.norm.weight", SHAPES),
+        ("layers.0.mixer.conv1d.weight", [*SHAPES, (3, 1, 4)]),
+    ],
+)
+@pytest.mark.parametrize("record", [{}, {"args": argparse.Namespace()}, {"model_args": {"img_size": 16}}])
+@pytest.mark.parametrize("patch_size", [4, 2])
+def test_tensors_of_any_shape_are_refused_in_words(key, shapes, record, patch_size, tmp_path):
+    state = small().state_dict()
+    for shape in shapes:
+        torch.save({"model": state | {key: torch.zeros(shape)}, **record}, tmp_path / "hostile.pth")
+        checkpoint = read_checkpoint(tmp_path / "hostile.pth")
+        with pytest.raises(UserError):
+            fill(small(patch_size=patch_size), checkpoint)
+        with pytest.raises(UserError):
+            create_from_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("arguments", [{"pos_grid": -4}, {"pos_grid": (0, 5)}, {"extend": -1}])
+def test_a_recorded_grid_without_places_is_refused(arguments, tmp_path):
+    model = small()
+    torch.save({"model": model.state_dict(), "model_args": {"img_size": 16} | arguments}, tmp_path / "hostile.pth")
+    with pytest.raises(UserError, match="records sizes that make no grid"):
+        load_weights(model, tmp_path / "hostile.pth")
 
 
 @pytest.mark.parametrize("strict", [True, False])

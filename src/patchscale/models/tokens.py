@@ -285,7 +285,8 @@ def fit_tokens(
     own = model.state_dict()
     resized: dict[str, str] = {}
     kernel, wanted = weights.get("patch_embed.proj.weight"), own.get("patch_embed.proj.weight")
-    if kernel is None or wanted is None or kernel.ndim != 4 or kernel.shape[0] != wanted.shape[0]:
+    # What cannot be resized is left to be refused with its shape, as any other tensor that does not fit.
+    if kernel is None or wanted is None or kernel.ndim != 4 or kernel.shape[0] != wanted.shape[0] or 0 in kernel.shape:
         return resized
     if kernel.shape[1] != wanted.shape[1]:
         kernel = adapt_input_conv(wanted.shape[1], kernel, base_chans=kernel.shape[1])
@@ -297,7 +298,9 @@ def fit_tokens(
         kernel = resize_patch_embed(kernel, (wanted.shape[2], wanted.shape[3]))
     weights["patch_embed.proj.weight"] = kernel
     positions, table = weights.get("pos_embed"), own.get("pos_embed")
-    if positions is None or table is None or (grid is None and positions.shape[1] == table.shape[1]):
+    if positions is None or table is None or positions.ndim != 3 or positions.shape[::2] != table.shape[::2]:
+        return resized
+    if grid is None and positions.shape[1] == table.shape[1]:
         return resized
     before, after = position_entries(model)
     if grid is None:
@@ -320,10 +323,10 @@ def square_side(patches: int) -> int:
     Raises:
         UserError: there is none.
     """
-    side = math.isqrt(patches)
-    if side * side != patches:
+    side = math.isqrt(max(patches, 0))
+    if side < 1 or side * side != patches:
         raise UserError(
-            f"the file's position table has {patches} patches, which make no square grid: create the model with the "
-            "image size and patch size of the file, load, then call set_input_size"
+            f"the file's position table has {max(patches, 0)} patches, which make no square grid: create the model "
+            "with the image size and patch size of the file, load, then call set_input_size"
         )
     return side

@@ -12,7 +12,7 @@ import pickletools
 import re
 from collections.abc import Set
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import safetensors
 import torch
@@ -55,16 +55,19 @@ class Checkpoint(NamedTuple):
         if isinstance(config, dict) and "img_size" in config and kernel is not None and kernel.ndim == 4:
             try:
                 if config.get("pos_grid") is not None:
-                    rows, columns = to_2tuple(config["pos_grid"])
-                    return int(rows), int(columns)
-                rows, columns = grid_size(config["img_size"], (kernel.shape[2], kernel.shape[3]))
-                extend = int(config.get("extend", 1))
-                return rows * extend, columns * extend
+                    rows, columns = map(int, to_2tuple(config["pos_grid"]))
+                else:
+                    extend = int(config.get("extend", 1))
+                    patches = grid_size(config["img_size"], (kernel.shape[2], kernel.shape[3]))
+                    rows, columns = (n * extend for n in patches)
+                if min(rows, columns) < 1:
+                    raise ValueError(f"{rows} rows and {columns} columns")
+                return rows, columns
             except (TypeError, ValueError) as e:
                 raise UserError(f"{self.path} records sizes that make no grid: {first_line(e)}") from e
         # The published code makes square images alone.
         positions = self.weights.get("pos_embed")
-        if positions is None or not isinstance(self.extra.get("args"), argparse.Namespace):
+        if positions is None or positions.ndim != 3 or not isinstance(self.extra.get("args"), argparse.Namespace):
             return None
         side = square_side(positions.shape[1] - class_entries(self.weights))
         return side, side
@@ -110,7 +113,8 @@ def read_checkpoint(source: str | os.PathLike, which: Which = "model") -> Checkp
         raise UserError(f"{path} holds one set of weights, no moving average; load it with which='model'")
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()) or not weights:
         raise UserError(f"{path} is not a checkpoint: expected a mapping of names to tensors")
-    weights = {k.removeprefix("module."): v for k, v in weights.items()}
+    # What DistributedDataParallel puts before names, and torch.compile anywhere in them.
+    weights = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in weights.items()}
     return Checkpoint(weights, extra, path)
 
 
@@ -120,12 +124,15 @@ def fill(model: nn.Module, checkpoint: Checkpoint, strict: bool = True, resize: 
     Returns:
         What was resized and how, in words.
     """
+    if resize not in get_args(Resize):
+        raise UserError(f"resize is {resize!r}, expected one of {', '.join(map(repr, get_args(Resize)))}")
     weights = dict(checkpoint.weights)
     own = model.state_dict()
     refuse_more_tokens(weights.keys() - own.keys(), checkpoint.path)
     resized = fit_tokens(model, weights, checkpoint.grid, resize)
-    head_keys = sorted(k for k in weights if k.split(".")[0] == "head")  # safetensors has an order of its own
-    own_head = sorted(k for k in own if k.split(".")[0] == "head")
+    heads = _heads(model)
+    head_keys = sorted(k for k in weights if k.startswith(heads))  # safetensors has an order of its own
+    own_head = sorted(k for k in own if k.startswith(heads))
     fits = head_keys == own_head and all(own[k].shape == weights[k].shape for k in head_keys)
     keep_head = not own_head or not (strict or fits)
     for key in head_keys if keep_head else ():
@@ -141,7 +148,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, strict: bool = True, resize: 
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         way_out = (
             "give the model the same num_classes, or pass strict=False to keep its own head"
-            if problems[0].startswith("head.")
+            if problems[0].startswith(heads)
             else "create the model with the sizes of the file (patchscale.create_from_checkpoint does)"
         )
         raise UserError(f"{checkpoint.path} does not fit the model: {problems[0]}{more}; {way_out}")
@@ -152,6 +159,13 @@ def fill(model: nn.Module, checkpoint: Checkpoint, strict: bool = True, resize: 
         filled.pos_grid = checkpoint.grid
         update_model_args(model, pos_grid=checkpoint.grid)
     return resized
+
+
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    """What the names of a model's classifiers begin with; timm records it, for a classifier may be a part of a head."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    names = config.get("classifier") or "head"
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
 def refuse_more_tokens(names: Set[str], path: Path) -> None:

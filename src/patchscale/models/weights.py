@@ -126,31 +126,37 @@ def infer_model_args(weights: dict[str, Tensor]) -> dict[str, Any]:
         UserError: the tensors are of neither.
     """
     is_vit = "blocks.0.attn.qkv.weight" in weights
-    try:
-        embed_dim, in_chans, *patch = weights["patch_embed.proj.weight"].shape
-        grid = square_side(weights["pos_embed"].shape[1] - class_entries(weights))
-        depth = 1 + max(int(m[1]) for k in weights if (m := re.match(r"(?:layers|blocks)\.(\d+)\.", k)))
-        return {
-            "img_size": (grid * patch[0], grid * patch[1]),
-            "patch_size": tuple(patch),
-            "in_chans": in_chans,
-            "num_classes": weights["head.weight"].shape[0] if "head.weight" in weights else 0,
-            "embed_dim": embed_dim,
-            "depth": depth,
-        } | (_vit_args if is_vit else _adventurer_args)(weights, embed_dim)
-    except (KeyError, ValueError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(
-            f"these weights are neither an Adventurer's nor a vision transformer's: {e} is missing or of another shape"
-        ) from e
+    embed_dim, in_chans, *patch = _sizes(weights, "patch_embed.proj.weight", 4)
+    entries = _sizes(weights, "pos_embed", 3)[1]
+    grid = square_side(entries - class_entries(weights))
+    return {
+        "img_size": (grid * patch[0], grid * patch[1]),
+        "patch_size": tuple(patch),
+        "in_chans": in_chans,
+        "num_classes": _sizes(weights, "head.weight", 2)[0] if "head.weight" in weights else 0,
+        "embed_dim": embed_dim,
+        "depth": 1 + max((int(m[1]) for k in weights if (m := re.match(r"(?:layers|blocks)\.(\d+)\.", k))), default=0),
+    } | (_vit_args if is_vit else _adventurer_args)(weights, embed_dim)
+
+
+def _sizes(weights: dict[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    """A tensor's shape, where it has so many dimensions and is not empty.
+
+    Raises:
+        UserError: it has not, or is not there.
+    """
+    found = tuple(weights[name].shape) if name in weights else None
+    if found is None or len(found) != dimensions or 0 in found:
+        what = "missing" if found is None else f"{found}, expected {dimensions} dimensions, none of them 0"
+        raise UserError(f"these weights are neither an Adventurer's nor a vision transformer's: {name} is {what}")
+    return found
 
 
 def _adventurer_args(weights: dict[str, Tensor], embed_dim: int) -> dict[str, Any]:
-    heads = weights["layers.0.mixer.A_log"].shape[0]
-    d_inner = weights["layers.0.mixer.norm.weight"].shape[0]
-    d_state = (weights["layers.0.mixer.conv1d.weight"].shape[0] - d_inner) // 2
-    return {"d_state": d_state, "headdim": d_inner // heads, "expand": d_inner // embed_dim}
+    (heads,) = _sizes(weights, "layers.0.mixer.A_log", 1)
+    (d_inner,) = _sizes(weights, "layers.0.mixer.norm.weight", 1)
+    channels = _sizes(weights, "layers.0.mixer.conv1d.weight", 3)[0]
+    return {"d_state": (channels - d_inner) // 2, "headdim": d_inner // heads, "expand": d_inner // embed_dim}
 
 
 def _vit_args(weights: dict[str, Tensor], embed_dim: int) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def _vit_args(weights: dict[str, Tensor], embed_dim: int) -> dict[str, Any]:
         )
     return {
         "num_heads": heads.get(embed_dim, max(1, embed_dim // 64)),
-        "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+        "mlp_ratio": _sizes(weights, "blocks.0.mlp.fc1.weight", 2)[0] / embed_dim,
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "class_token": has_class_token,
         "no_embed_class": has_class_token and not class_entries(weights),
