@@ -69,6 +69,8 @@ def test_patch_embedding_is_a_linear_map_of_each_patch(patch, assert_near):
     [
         ((1, 3, 16, 20), ["16x20", "16x16", "set_input_size", "dynamic_img_size"]),
         ((1, 1, 16, 16), ["1 channels", "takes 3"]),
+        ((3, 16, 16), ["(3, 16, 16)", "(batch, channels, height, width)"]),
+        ((1, 1, 3, 16, 16), ["(1, 1, 3, 16, 16)", "(batch, channels, height, width)"]),
     ],
 )
 def test_images_of_another_size_or_channels_are_refused(shape, words):
@@ -143,6 +145,18 @@ def test_gradients_of_a_resized_kernel_reach_the_stored_one():
 def test_gradients_of_resampled_positions_reach_the_stored_ones():
     table = torch.randn(1, 7, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: resize_pos_embed(t, (2, 3), (4, 1)), table)
+
+
+def test_a_kernel_without_memory_is_resized():
+    assert resize_patch_embed(torch.empty(8, 3, 4, 4, device="meta"), 2).shape == (8, 3, 2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_is_resized_under_autocast_as_without(dtype):
+    kernel = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = resize_patch_embed(kernel, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resize_patch_embed(kernel, 3), expected)
 
 
 def test_a_kernel_of_the_same_size_is_unchanged():

@@ -5,6 +5,7 @@ Image sizes, patch sizes and grids are (height, width).
 
 import functools
 import math
+import operator
 from typing import Any, Literal
 
 import numpy as np
@@ -104,8 +105,14 @@ class PatchEmbed(TimmPatchEmbed):
             (batch, rows, columns, embed_dim).
 
         Raises:
-            UserError: another number of channels or another size than the model takes, or patches do not divide it.
+            UserError: another number of channels or another size than the model takes, no batch of images, or patches
+                that do not divide them.
         """
+        if x.ndim != 4:
+            raise UserError(
+                f"the images are of shape {tuple(x.shape)}, expected (batch, channels, height, width): a single image "
+                "is a batch as image[None]"
+            )
         channels, height, width = x.shape[1:]
         size = (height, width)
         patch = self.patch_size if patch_size is None else to_2tuple(patch_size)
@@ -145,12 +152,16 @@ def resize_patch_embed(weight: Tensor, patch_size: Size) -> Tensor:
     Returns:
         (embed_dim, channels, new height, new width).
     """
-    old, new = tuple(weight.shape[2:]), to_2tuple(patch_size)
+    old = tuple(weight.shape[2:])
+    # As an index: given a second size, torch.compile would let it vary, and no matrix is made for that.
+    new = tuple(operator.index(n) for n in to_2tuple(patch_size))
     if old == new:
         return weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
     by_rows, by_columns = (_kernel_matrix(o, n).to(weight.device, dtype) for o, n in zip(old, new, strict=True))
-    with torch.autocast(weight.device.type, enabled=False):
+    # The meta device has no autocast to turn off, and takes no notice of another's.
+    known = torch.amp.is_autocast_available(weight.device.type)
+    with torch.autocast(weight.device.type if known else "cpu", enabled=False):
         return (by_rows @ weight.to(dtype) @ by_columns.t()).to(weight.dtype)
 
 
