@@ -288,6 +288,15 @@ def test_bad_arguments_are_refused(arguments, message):
         MaskedAutoencoder(encoder("vit"), **arguments)
 
 
+@both
+@pytest.mark.parametrize("sizes", [{"patch_size": 1}, {"img_size": 16}, {"img_size": 16, "patch_size": 4}])
+def test_an_encoder_that_is_resized_afterwards_is_refused(kind, sizes):
+    model = made(kind)
+    model.backbone.set_input_size(**sizes)
+    with pytest.raises(UserError, match=r"made for images of \(8, 8\) in patches of \(2, 2\).*set_input_size"):
+        model(torch.randn(2, 3, *model.backbone.patch_embed.img_size))
+
+
 @pytest.mark.parametrize("arguments", [{"extend": 2}, {"dynamic_img_size": True}, {"patch_drop_rate": 0.5}])
 def test_models_that_choose_their_patches_are_refused(arguments):
     with pytest.raises(UserError, match="leave out"):

@@ -181,6 +181,7 @@ class MaskedAutoencoder(nn.Module):
             raise UserError(f"--mask-ratio is {mask_ratio}, expected between 0 and 1")
         if decoder_depth < 1:
             raise UserError(f"--decoder-depth is {decoder_depth}, expected at least 1")
+        self.sizes = backbone.patch_embed.img_size, backbone.patch_embed.patch_size
         rows, columns = backbone.patch_embed.grid_size
         self.patches = rows * columns
         self.kept = round(self.patches * (1 - mask_ratio))
@@ -218,7 +219,17 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             What was painted (batch, hidden, values of a patch), normalised by :func:`patch_statistics`, and which
             patches these are, (batch, hidden), in reading order.
+
+        Raises:
+            UserError: the encoder was given another size after this was made.
         """
+        sizes = self.backbone.patch_embed.img_size, self.backbone.patch_embed.patch_size
+        if sizes != self.sizes:
+            made, now = (f"images of {image} in patches of {patch}" for image, patch in (self.sizes, sizes))
+            raise UserError(
+                f"this decoder was made for {made}, the encoder takes {now} now: call set_input_size on the encoder "
+                "first, then make the MaskedAutoencoder"
+            )
         if noise is None:
             noise = torch.rand(len(images), self.patches, device=images.device)
         shuffled = noise.argsort(1)
