@@ -92,21 +92,36 @@ def test_a_patch_that_does_not_divide_the_image_is_refused_in_passing(make):
 def test_positions_on_a_finer_grid_of_their_own_tell_places_apart(make):
     model = make(patch_size=32, pos_grid=8)
     assert model.pos_embed.shape[1] == 65
-    whole = model.positions_on((8, 8), torch.zeros(1, 64))
+    whole = model.positions_on((8, 8))
     assert torch.equal(whole, model.pos_embed)
     # From the one position of a single patch nothing finer can be had.
-    single = make(patch_size=32).positions_on((8, 8), torch.zeros(1, 64))
+    single = make(patch_size=32).positions_on((8, 8))
     patches = single[:, 1:] if isinstance(model, ViT) else single[:, :-1]
     assert patches.std(1).max() < 1e-6
 
 
 def test_patch_sizes_in_passing_compile_and_export(make, assert_near):
     model, x = make(pos_grid=8), image()
-    expected = model(x, patch_size=4)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert_near(compiled(x, patch_size=4), expected, 1e-5)
-    program = torch.export.export(model, (x,), {"patch_size": 4})
-    assert_near(program.module()(x, patch_size=4), expected, 1e-5)
+    for patch_size in (4, 2, (2, 4)):  # at the second, torch.compile tries to let the size vary
+        expected = model(x, patch_size=patch_size)
+        assert_near(compiled(x, patch_size=patch_size), expected, 1e-5)
+        program = torch.export.export(model, (x,), {"patch_size": patch_size})
+        assert_near(program.module()(x, patch_size=patch_size), expected, 1e-5)
+
+
+@pytest.mark.parametrize("positions", ["learn", "sincos"])
+def test_positions_under_autocast_are_as_precise_as_the_parameters(make, positions, assert_near):
+    model, x = make(pos_embed=positions), image()
+    # With the patches at nought, tokens are their positions, less the convolution's bias and the class token's own.
+    with torch.no_grad():
+        model.patch_embed.proj.weight.zero_()
+        model.patch_embed.proj.bias.zero_()
+    expected = model.split_tokens(model.embed(x))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.split_tokens(model.embed(x))[0]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 def test_a_patch_size_first_met_in_inference_mode_can_be_trained_at_later(make):

@@ -188,10 +188,10 @@ def test_sincos_positions_stay_on_the_map_they_were_on(assert_near):
     centres = fine.unflatten(1, (12, 18))[:, 1::3, 1::3].flatten(1, 2)  # of threes of patches
     assert_near(centres, coarse, 1e-6)
     model = small(pos_embed="sincos", img_size=(16, 24))
-    map_of_4 = model.positions_on((2, 3), torch.zeros(1, 64))
+    map_of_4 = model.positions_on((2, 3))
     model.set_input_size(patch_size=4)
     assert model.pos_grid == (2, 3)
-    assert torch.equal(model.positions_on((2, 3), torch.zeros(1, 64)), map_of_4)
+    assert torch.equal(model.positions_on((2, 3)), map_of_4)
     assert (map_of_4[:, 0] == 0).all()  # the class token stands nowhere
 
 

@@ -267,7 +267,7 @@ class Adventurer(Backbone):
         else:
             rows_and_columns = self.patch_embed(x, patch_size)
             tokens = rows_and_columns.flatten(1, 2)
-            positions = self.positions_on(rows_and_columns.shape[1:3], tokens)
+            positions = self.positions_on(rows_and_columns.shape[1:3])
         tokens = torch.cat([tokens, self.cls_token.expand(tokens.shape[0], -1, -1)], dim=1)
         return tokens if positions is None else tokens + positions
 
@@ -278,7 +278,7 @@ class Adventurer(Backbone):
         own = group.slice_of(rows * columns, least=CONV_WIDTH - 1)
         first = own.start // columns
         tokens = self.patch_embed(x, patch_size, slice(first, -(-own.stop // columns))).flatten(1, 2)
-        positions = self.positions_on(grid, tokens)
+        positions = self.positions_on(grid)
         if positions is not None:
             positions = torch.cat([positions[:, own], positions[:, -1:]], dim=1)
         return tokens[:, own.start - first * columns : own.stop - first * columns], positions

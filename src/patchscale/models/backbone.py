@@ -232,19 +232,19 @@ class Backbone(nn.Module):
         """Whether all patches of an image are in this process."""
         return True
 
-    def positions_on(self, grid: Any, like: Tensor) -> Any:
+    def positions_on(self, grid: Any) -> Any:
         """Positions of a grid of patches and of the other tokens that have any; None for a model without positions.
 
         Args:
             grid: (rows, columns).
-            like: gives device and dtype.
 
         Returns:
-            (1, entries, embed_dim).
+            (1, entries, embed_dim), of the parameters' dtype: under autocast tokens may have another.
         """
         if self.positions == "none":
             return None
-        return _positions_on(self.pos_embed, grid, self.pos_grid, *position_entries(self), like)
+        kernel = self.patch_embed.proj.weight
+        return _positions_on(self.pos_embed, grid, self.pos_grid, *position_entries(self), kernel)
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if not self.grad_checkpointing:
@@ -255,12 +255,12 @@ class Backbone(nn.Module):
 
 @torch.fx.wrap  # a graph of the model holds this as one node, and asks for the grid of each image
 def _positions_on(
-    pos_embed: Tensor | None, grid: Any, table_grid: tuple[int, int], before: int, after: int, like: Tensor
+    pos_embed: Tensor | None, grid: Any, table_grid: tuple[int, int], before: int, after: int, kernel: Tensor
 ) -> Tensor:
     rows, columns = int(grid[0]), int(grid[1])
     if pos_embed is not None:
         return resize_pos_embed(pos_embed, table_grid, (rows, columns), before, after)
-    fixed = sincos_positions((rows, columns), like.shape[-1], table_grid, like.device, like.dtype)
+    fixed = sincos_positions((rows, columns), kernel.shape[0], table_grid, kernel.device, kernel.dtype)
     return torch.nn.functional.pad(fixed, (0, 0, before, after))  # other tokens stand nowhere
 
 

@@ -108,9 +108,9 @@ class ViT(Backbone, VisionTransformer):  # type: ignore[misc]  # it takes a patc
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """(batch, rows, columns, embed_dim) -> (batch, 1 + rows * columns, embed_dim), with positions."""
-        grid, x = x.shape[1:3], x.flatten(1, 2)
+        positions = self.positions_on(x.shape[1:3])
+        x = x.flatten(1, 2)
         others = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
-        positions = self.positions_on(grid, x)
         if positions is None:
             return torch.cat([*others, x], dim=1)
         if self.no_embed_class:
