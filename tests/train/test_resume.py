@@ -214,6 +214,24 @@ def test_a_changed_recipe_is_refused_by_field_unless_told(recipe):
     assert json.loads((folder / "recipe.json").read_text())["lr"] == 1e-3
 
 
+def test_a_changed_recipe_changes_what_the_optimiser_does(recipe):
+    folder = stopped(recipe)
+    before = torch.load(folder / "last.pt", weights_only=True)["optimizer"]
+    train(recipe(epochs=2, ema_decay=0.9, weight_decay=0.3, betas=(0.8, 0.95), layer_decay=0.5), override=True)
+    after = torch.load(folder / "last.pt", weights_only=True)["optimizer"]
+    assert {group["weight_decay"] for group in before["param_groups"]} == {0.0, 0.05}
+    assert {group["weight_decay"] for group in after["param_groups"]} == {0.0, 0.3}
+    assert {tuple(group["betas"]) for group in after["param_groups"]} == {(0.8, 0.95)}
+    assert {group["lr_scale"] for group in after["param_groups"]} == {0.125, 0.25, 0.5, 1.0}
+    assert {int(state["step"]) for state in after["state"].values()} == {20}  # its moments went on
+
+
+def test_other_frozen_parameters_are_refused_by_the_name_of_the_flag(recipe):
+    stopped(recipe)
+    with pytest.raises(UserError, match=r"cannot go on with another --freeze \(freeze was \[\], is now \['norm_f"):
+        train(recipe(epochs=2, ema_decay=0.9, freeze=("norm_f.*",)), override=True)
+
+
 def test_where_and_how_a_run_computes_may_change(recipe, tmp_path):
     whole = train(recipe(epochs=2, ema_decay=0.9, output=tmp_path / "whole"))
     stopped(recipe)

@@ -40,7 +40,7 @@ from patchscale.train.build import (
     trained_module,
     training_transform,
 )
-from patchscale.train.checkpoint import BEST, LAST, join_weights, read_training_state, save_checkpoint, split_weights
+from patchscale.train.checkpoint import BEST, LAST, join_weights, save_checkpoint, split_weights
 from patchscale.train.describe import describe_run, plot_curves
 from patchscale.train.device import emulates_bfloat16
 from patchscale.train.logs import Logs
@@ -55,6 +55,7 @@ from patchscale.train.processes import (
     make_fabric,
 )
 from patchscale.train.recipe import Recipe
+from patchscale.train.resume import source_to_go_on_from, state_to_go_on_from
 from patchscale.train.speed import Speed
 
 # Between pictures of the curves, which take a quarter of a second.
@@ -178,7 +179,8 @@ class _Run:
                 f"the learning rate never reaches its peak: it warms up for {recipe.warmup_epochs:g} epochs, and the "
                 f"run has {recipe.epochs}; --warmup-epochs 0 starts at the peak"
             )
-        state = self._state_to_go_on_from(resume, override)
+        source = processes.tell(source_to_go_on_from(self.folder, resume) if processes.is_first else None)
+        state = None if source is None else state_to_go_on_from(source, recipe, override, observer.note)
         train_source, val_source = open_sources(recipe)
         if val_source.note:
             observer.note(val_source.note)
@@ -253,22 +255,6 @@ class _Run:
                 f"a step takes {fit} at a time, with the same result (--device-batch says otherwise)"
             )
         return fit
-
-    def _state_to_go_on_from(self, resume: Path | None, override: bool) -> dict[str, Any] | None:
-        source = resume or (self.folder if (self.folder / LAST).exists() else None)
-        if self.processes.tell(source is None):
-            return None
-        state = read_training_state(source or self.folder, self.observer.note)
-        changes = Recipe.from_dict(state["recipe"]).changes(self.recipe)
-        if changes:
-            text = "; ".join(f"{k} was {there!r}, is now {here!r}" for k, (there, here) in changes.items())
-            if not override:
-                raise UserError(
-                    f"{self.folder} holds a run of another recipe: {text}. Give --override-recipe to go on with the "
-                    "new one, or another --output to begin anew"
-                )
-            self.observer.note(f"going on with a changed recipe: {text}")
-        return state
 
     def run(self, command: list[str] | None) -> Result:
         recipe = self.recipe

@@ -196,6 +196,8 @@ def load_weights_whole(module: nn.Module, weights: dict[str, Tensor]) -> None:
 def load_optimizer_whole(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """``load_state_dict`` of whole tensors, into an optimiser whose parameters may be divided.
 
+    Weight decay, betas and the like stay the optimiser's own: a run may go on with others.
+
     Raises:
         ValueError: as ``load_state_dict``.
     """
@@ -208,7 +210,11 @@ def load_optimizer_whole(optimizer: torch.optim.Optimizer, state: dict[str, Any]
             for k, v in values.items()
         }
 
+    # All but the rate: a run that was stopped while it was evaluated still reports that of its last step.
+    own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     optimizer.load_state_dict(state | {"state": {i: divided(i, values) for i, values in state["state"].items()}})
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
 
 
 def _divided_like(whole: Tensor, like: Tensor) -> Tensor:
