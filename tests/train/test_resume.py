@@ -226,6 +226,17 @@ def test_a_changed_recipe_changes_what_the_optimiser_does(recipe):
     assert {int(state["step"]) for state in after["state"].values()} == {20}  # its moments went on
 
 
+def test_an_average_that_begins_later_begins_with_the_weights_of_then(recipe):
+    with pytest.raises(Interrupted):
+        train(recipe(save_minutes=0.0), observer=Ask(signal.SIGTERM, 9))
+    before = torch.load(recipe().output / "last.pt", weights_only=True)["model"]
+    with pytest.raises(Interrupted):  # after a step that moves the average by hardly anything
+        train(recipe(ema_decay=0.999999), observer=Ask(signal.SIGTERM, 1), override=True)
+    average = torch.load(recipe().output / "last.pt", weights_only=True)["model_ema"]
+    for name, value in before.items():
+        torch.testing.assert_close(average[name], value, rtol=0, atol=1e-6)
+
+
 def test_other_frozen_parameters_are_refused_by_the_name_of_the_flag(recipe):
     stopped(recipe)
     with pytest.raises(UserError, match=r"cannot go on with another --freeze \(freeze was \[\], is now \['norm_f"):

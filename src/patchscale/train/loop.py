@@ -496,8 +496,10 @@ class _Run:
             added = state.get("task", {})
             load_weights_whole(self.model, join_weights(self.model, state["model"], added.get("model")))
             load_optimizer_whole(self.updates.optimizer, state["optimizer"])
-            if self.ema is not None and state["model_ema"] is not None:
-                average = join_weights(self.ema.module, state["model_ema"], added.get("ema"))
+            if self.ema is not None:
+                # A run that kept no average until now begins it with the weights that it has come to.
+                kind, kind_added = ("model", "model") if state["model_ema"] is None else ("model_ema", "ema")
+                average = join_weights(self.ema.module, state[kind], added.get(kind_added))
                 load_weights_whole(self.ema.module, average)
         except (RuntimeError, ValueError, KeyError) as e:
             raise UserError(f"cannot resume: the checkpoint is of another model: {str(e).splitlines()[-1]}") from e
