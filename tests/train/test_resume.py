@@ -18,7 +18,7 @@ import torch
 from patchscale.errors import Interrupted, TrainingStopped, UserError
 from patchscale.models.weights import load_weights
 from patchscale.tasks.classification import Classification
-from patchscale.train.checkpoint import read_training_state
+from patchscale.train.checkpoint import read_training_state, save_checkpoint
 from patchscale.train.loop import train
 from patchscale.train.observer import Observer
 
@@ -235,6 +235,29 @@ def test_an_average_that_begins_later_begins_with_the_weights_of_then(recipe):
     average = torch.load(recipe().output / "last.pt", weights_only=True)["model_ema"]
     for name, value in before.items():
         torch.testing.assert_close(average[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"global_batch": 64}, {"limit_train": 640}, {"limit_train": 160}])
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_another_number_of_steps_an_epoch_is_refused(recipe, changes, is_recorded):
+    with pytest.raises(Interrupted):
+        train(recipe(epochs=2, limit_val=20), observer=Ask(signal.SIGTERM, 14))
+    last = recipe().output / "last.pt"
+    if not is_recorded:  # as versions before this one wrote it
+        state = torch.load(last, weights_only=True)
+        del state["steps_per_epoch"]
+        save_checkpoint(last, state)
+    before = last.read_bytes()
+    with pytest.raises(UserError, match=r"cannot go on with (5|20) steps an epoch where .*--global-batch"):
+        train(recipe(epochs=2, limit_val=20, **changes), override=True)
+    assert last.read_bytes() == before
+
+
+def test_a_batch_of_another_size_is_taken_where_an_epoch_has_as_many_steps(recipe):
+    with pytest.raises(Interrupted):
+        train(recipe(epochs=2, limit_val=20), observer=Ask(signal.SIGTERM, 14))
+    result = train(recipe(epochs=2, limit_val=20, global_batch=64, limit_train=640), override=True)
+    assert [(report.epoch, report.step) for report in result.reports] == [(2, 20)]
 
 
 def test_other_frozen_parameters_are_refused_by_the_name_of_the_flag(recipe):

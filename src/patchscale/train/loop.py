@@ -55,7 +55,7 @@ from patchscale.train.processes import (
     make_fabric,
 )
 from patchscale.train.recipe import Recipe
-from patchscale.train.resume import source_to_go_on_from, state_to_go_on_from
+from patchscale.train.resume import check_place, source_to_go_on_from, state_to_go_on_from
 from patchscale.train.speed import Speed
 
 # Between pictures of the curves, which take a quarter of a second.
@@ -225,6 +225,8 @@ class _Run:
         self.unreadable: set[Unreadable] = set()
 
         self.steps_per_epoch = len(self.train_loader)
+        if state is not None:
+            check_place(state, self.steps_per_epoch)
         self.speed = Speed(module, self.preprocessing, recipe.precision, processes, recipe.patch_sizes)
         self.updates = Updates(self.model, recipe, self.steps_per_epoch, processes, math.ceil(self.batch / at_once))
         self.ema = self.updates.ema
@@ -469,6 +471,7 @@ class _Run:
             "optimizer": gathered(self.updates.optimizer.state_dict()),
             "scaler": self.processes.fabric.strategy.precision.state_dict(),
             "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
             "epoch": self.epochs_done,
             "loss_sum": self.loss_sum,
             "seen": self.seen,

@@ -49,3 +49,26 @@ def state_to_go_on_from(source: Path, recipe: Recipe, override: bool, note: Call
         )
     note(f"going on with a changed recipe: {text}")
     return state
+
+
+def check_place(state: dict[str, Any], steps_per_epoch: int) -> None:
+    """See that the steps that were done lie where they did: the order of images and the schedule are counted in steps.
+
+    Args:
+        state: that the run goes on from.
+        steps_per_epoch: of now.
+
+    Raises:
+        UserError: an epoch had another number of steps.
+    """
+    step, epochs = state["step"], state["epoch"]
+    before = state.get("steps_per_epoch")  # not in checkpoints of earlier versions
+    fits = epochs * steps_per_epoch <= step <= (epochs + 1) * steps_per_epoch
+    if before == steps_per_epoch or (before is None and fits):
+        return
+    was = f"{step} steps took it to epoch {epochs + 1}" if before is None else f"there were {before}"
+    raise UserError(
+        f"a run cannot go on with {steps_per_epoch} steps an epoch where {was}: leave --global-batch and the number of "
+        "images (--limit-train, --repeated-aug, the data) as they were, or begin a run with --weights and another "
+        "--output"
+    )
