@@ -18,6 +18,7 @@ import torch
 from patchscale.errors import Interrupted, TrainingStopped, UserError
 from patchscale.models.weights import load_weights
 from patchscale.tasks.classification import Classification
+from patchscale.train import loop
 from patchscale.train.checkpoint import read_training_state, save_checkpoint
 from patchscale.train.loop import train
 from patchscale.train.observer import Observer
@@ -192,6 +193,55 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_aloud(recipe, tm
     assert any("last.pt is damaged" in note for note in observer.notes)
     assert any("after step 3 of 20" in note for note in observer.notes)
     assert digest(whole.folder) == digest(parts.folder)
+
+
+def test_where_the_last_checkpoint_is_gone_the_one_before_is_gone_on_from(recipe, tmp_path):
+    whole = train(recipe(epochs=2, ema_decay=0.9, output=tmp_path / "whole"))
+    folder = stopped(recipe)
+    (folder / "last.pt").unlink()
+    observer = Ask(0)
+    parts = train(recipe(epochs=2, ema_decay=0.9), observer=observer)
+    assert any("after step 3 of 20" in note for note in observer.notes)
+    assert digest(whole.folder) == digest(parts.folder)
+
+
+@pytest.mark.parametrize("kept", ["best.pt", "epoch_0001.pt", "metrics.jsonl"])
+def test_what_is_left_of_another_run_is_not_written_over(recipe, kept):
+    folder = train(recipe(epochs=1, limit_train=64, keep_epochs=1)).folder
+    for file in folder.iterdir():
+        if file.is_file() and file.name != kept:
+            file.unlink()
+    before = (folder / kept).read_bytes()
+    with pytest.raises(UserError, match=rf"run holds what is left of another run \({kept}.*another --output"):
+        train(recipe(epochs=1, limit_train=64))
+    assert (folder / kept).read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["evaluate", "_draw"])
+def test_a_run_killed_where_its_first_results_are_written_goes_on(recipe, monkeypatch, place):
+    settings = {"epochs": 2, "limit_train": 64}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run if place == "_draw" else Classification, place, raising(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(**settings))
+    assert [report.epoch for report in train(recipe(**settings)).reports] == [1, 2]
+    assert len(losses(recipe().output)) == 2
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(recipe, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", raising(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(epochs=1, limit_train=64))
+    assert (recipe().output / "metrics.jsonl").exists()
+    assert [report.epoch for report in train(recipe(epochs=1, limit_train=64)).reports] == [1]
+
+
+def raising(error: type[BaseException]):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 def test_where_both_are_damaged_the_run_says_so(recipe):

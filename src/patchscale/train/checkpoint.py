@@ -80,6 +80,11 @@ def is_damaged(path: Path) -> bool:
     return known is not None and _digest(path) not in known
 
 
+def has_training_state(folder: Path) -> bool:
+    """Whether :func:`read_training_state` finds something in a run's folder, be it damaged."""
+    return any((folder / name).exists() for name in (LAST, PREVIOUS))
+
+
 def read_training_state(path: Path, note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """What :func:`save_checkpoint` wrote for a run, from a file or from a run's folder.
 

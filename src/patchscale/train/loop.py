@@ -390,6 +390,8 @@ class _Run:
             )
 
     def _finish_epoch(self, epoch: int) -> None:
+        if not self.saved_step:  # before results are written, so that they never lie beside no state to go on from
+            self._save()
         scores = self._evaluate(self.model, epoch)
         ema_scores = None if self.ema is None else self._evaluate(self.ema.module, epoch)
         report = EpochReport(

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from patchscale.errors import UserError
-from patchscale.train.checkpoint import LAST, read_training_state
+from patchscale.train.checkpoint import BEST, LAST, has_training_state, read_training_state
+from patchscale.train.logs import METRICS
 from patchscale.train.recipe import Recipe
 
 
@@ -15,8 +16,23 @@ def source_to_go_on_from(folder: Path, resume: Path | None) -> Path | None:
     Args:
         folder: the run's.
         resume: another folder, or a checkpoint, that was asked for.
+
+    Raises:
+        UserError: the folder holds what came of a run, and nothing to go on from.
     """
-    return resume or (folder if (folder / LAST).exists() else None)
+    if resume is not None:
+        return resume
+    if has_training_state(folder):
+        return folder
+    # A run writes its first LAST before any of these: where it was killed before that, it begins again.
+    left = [file for file in (folder / BEST, *sorted(folder.glob("epoch_*.pt"))) if file.exists()]
+    left += [file for file in (folder / METRICS,) if file.exists() and file.stat().st_size]
+    if left:
+        raise UserError(
+            f"{folder} holds what is left of another run ({', '.join(file.name for file in left)}, and no {LAST} to go "
+            "on from): choose another --output"
+        )
+    return None
 
 
 def state_to_go_on_from(source: Path, recipe: Recipe, override: bool, note: Callable[[str], None]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch
 
 from patchscale.errors import UserError, first_line
 from patchscale.train.build import create_model, size_arguments, trained_module
-from patchscale.train.checkpoint import LAST, read_training_state
+from patchscale.train.checkpoint import LAST, has_training_state, read_training_state
 from patchscale.train.loop import train
 from patchscale.train.observer import Observer, Result
 from patchscale.train.optimiser import freeze
@@ -201,4 +201,4 @@ def check_model(recipe: Recipe) -> None:
 
 def _state(folder: Path) -> dict[str, Any] | None:
     """The last checkpoint in a stage's folder; None if it holds none."""
-    return read_training_state(folder) if (folder / LAST).exists() else None
+    return read_training_state(folder) if has_training_state(folder) else None
