@@ -19,7 +19,7 @@ from patchscale.errors import Interrupted, TrainingStopped, UserError
 from patchscale.models.weights import load_weights
 from patchscale.tasks.classification import Classification
 from patchscale.train import loop
-from patchscale.train.checkpoint import read_training_state, save_checkpoint
+from patchscale.train.checkpoint import is_damaged, read_training_state, save_checkpoint
 from patchscale.train.loop import train
 from patchscale.train.observer import Observer
 
@@ -366,6 +366,43 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(recipe, tmp_path, monkeypat
     assert read_training_state(folder)["step"] == 5
     assert digest(folder) != good
     assert digest(train(recipe(epochs=2, ema_decay=0.9)).folder) == digest(whole.folder)
+
+
+def test_however_often_a_disk_is_full_both_checkpoints_stay_good(tmp_path, monkeypatch):
+    """On a file system without hard links, where the last one is copied before the new one takes its place."""
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "last.pt", {"step": step})
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    files = {name: (tmp_path / name).read_bytes() for name in ("last.pt", "previous.pt")}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", raising(OSError))
+        patch.setattr(Path, "write_bytes", full)
+        for step in (3, 4, 5):
+            with pytest.raises(UserError, match="No space left"):
+                save_checkpoint(tmp_path / "last.pt", {"step": step})
+    assert {name: (tmp_path / name).read_bytes() for name in files} == files
+    assert not any(is_damaged(tmp_path / name) for name in files)
+    assert not list(tmp_path.glob(".*.tmp"))
+    save_checkpoint(tmp_path / "last.pt", {"step": 6})
+    assert not any(is_damaged(tmp_path / name) for name in files)
+    assert len(json.loads((tmp_path / "checksums.json").read_text())["last.pt"]) == 1
+
+
+@pytest.mark.parametrize("damaged", ["[]", '{"last.pt": 3}', "{", None])
+def test_without_a_record_of_checksums_no_file_is_under_suspicion(tmp_path, damaged):
+    save_checkpoint(tmp_path / "last.pt", {"step": 1})
+    if damaged is None:
+        (tmp_path / "checksums.json").unlink()
+    else:
+        (tmp_path / "checksums.json").write_text(damaged)
+    assert not is_damaged(tmp_path / "last.pt")
+    save_checkpoint(tmp_path / "last.pt", {"step": 2})
+    assert not any(is_damaged(tmp_path / name) for name in ("last.pt", "previous.pt"))
+    damage(tmp_path / "previous.pt")
+    assert is_damaged(tmp_path / "previous.pt")
 
 
 def test_a_dead_worker_is_said_in_plain_words(recipe):

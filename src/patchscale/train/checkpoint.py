@@ -2,9 +2,10 @@
 
 A run's folder holds ``last.pt``, ``previous.pt`` (the one before), ``best.pt`` and, if wanted, ``epoch_0010.pt`` and so
 on. ``checksums.json`` names the SHA-256 digests that each may have; it is written before the file is renamed, and
-keeps the digest before, so that a crash between the two leaves no good file under suspicion.
+keeps the digests before until that is done, so that a crash between the two leaves no good file under suspicion.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -36,16 +37,25 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         UserError: the file system refuses; the checkpoints are then as they were.
     """
 
+    folder, known = path.parent, _checksums(path.parent)
+
+    def may_be(name: str) -> list[str]:
+        """The digests of a file; one of which none was kept is taken as it is."""
+        return known.get(name) or ([_digest(folder / name)] if (folder / name).exists() else [])
+
     def before_rename(complete: Path) -> None:
-        record = _checksums(path.parent)
+        now[path.name] = [_digest(complete)]
         if path.name == LAST and path.exists():
-            record[PREVIOUS] = record.get(LAST, []) + record.get(PREVIOUS, [])[:1]
-        record[path.name] = [_digest(complete), *record.get(path.name, [])[:1]]
-        _write_checksums(path.parent, record)
-        if path.name == LAST and path.exists():
+            now[PREVIOUS] = may_be(LAST)
+        # Until the renaming is done, the files are the old ones: whatever fails, none may come under suspicion.
+        _write_checksums(folder, known | {name: [*digests, *may_be(name)] for name, digests in now.items()})
+        if PREVIOUS in now:
             _second_name(path, path.with_name(PREVIOUS))
 
+    now: dict[str, list[str]] = {}
     write_atomically(path, lambda temporary: torch.save(state, temporary), before_rename)
+    with contextlib.suppress(UserError):  # all is written; a digest too many does no harm
+        _write_checksums(folder, known | now)
 
 
 def _write_checksums(folder: Path, record: dict[str, list[str]]) -> None:
@@ -58,7 +68,11 @@ def _second_name(path: Path, other: Path) -> None:
     try:
         os.link(path, spare)
     except OSError:  # a file system without hard links
-        spare.write_bytes(path.read_bytes())
+        try:
+            spare.write_bytes(path.read_bytes())
+        except OSError:
+            spare.unlink(missing_ok=True)
+            raise
     os.replace(spare, other)
 
 
@@ -68,16 +82,18 @@ def _digest(path: Path) -> str:
 
 
 def _checksums(folder: Path) -> dict[str, list[str]]:
+    """The digests that each file may have; none where the record is lost or damaged."""
     try:
-        return json.loads((folder / CHECKSUMS).read_text())
+        record = json.loads((folder / CHECKSUMS).read_text())
     except (FileNotFoundError, ValueError):
         return {}
+    return {k: v for k, v in record.items() if isinstance(v, list)} if isinstance(record, dict) else {}
 
 
 def is_damaged(path: Path) -> bool:
     """Whether a checkpoint's bytes are others than were written; False where no checksum was kept of it."""
     known = _checksums(path.parent).get(path.name)
-    return known is not None and _digest(path) not in known
+    return bool(known) and _digest(path) not in known
 
 
 def has_training_state(folder: Path) -> bool:
