@@ -15,7 +15,7 @@ from torch import nn
 from patchscale.errors import UserError
 from patchscale.models import Adventurer
 from patchscale.tasks.classification import Classification
-from patchscale.train.optimiser import Updates, freeze, images_per_process, make_optimizer, make_schedule, peak_lr
+from patchscale.train.optimiser import Updates, freeze, make_optimizer, make_schedule, peak_lr
 from patchscale.train.processes import Processes, make_fabric
 from patchscale.train.recipe import Recipe
 
@@ -237,14 +237,6 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     assert math.isnan(updates.step(0, images, targets, lambda x, y: model(x).sum() * math.nan))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_a_batch_that_processes_cannot_share_is_refused_with_near_ones():
-    with pytest.raises(UserError, match="10, which 4 processes cannot share: try 8 or 12"):
-        images_per_process(10, 4)
-    with pytest.raises(UserError, match=r"try 4$"):
-        images_per_process(3, 4)
-    assert images_per_process(4096, 128) == 32
 
 
 def test_frozen_parameters_stay_and_all_others_move():

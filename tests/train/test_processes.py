@@ -16,7 +16,7 @@ from patchscale.errors import INTERRUPTED, Interrupted, UserError
 from patchscale.train.checkpoint import read_training_state
 from patchscale.train.loop import train
 from patchscale.train.observer import Observer
-from patchscale.train.processes import make_fabric
+from patchscale.train.processes import images_per_process, make_fabric
 from patchscale.train.recipe import Recipe
 
 
@@ -193,6 +193,21 @@ def test_numbers_other_than_were_started_are_refused(recipe, monkeypatch):
         make_fabric(recipe(devices=3))
     with pytest.raises(UserError, match="--nodes is 1, but torchrun started 2"):
         make_fabric(recipe(nodes=1))
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_with_near_ones():
+    with pytest.raises(UserError, match="10, which 4 processes cannot share: try 8 or 12"):
+        images_per_process(10, 4)
+    with pytest.raises(UserError, match=r"try 4$"):
+        images_per_process(3, 4)
+    assert images_per_process(4096, 128) == 32
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_they_are_started(recipe):
+    with pytest.raises(UserError, match="--global-batch is 32, which 64 processes cannot share: try 64"):
+        make_fabric(recipe(global_batch=32, devices=64))
+    with pytest.raises(UserError, match="--global-batch is 32, which 6 processes cannot share: try 30 or 36"):
+        make_fabric(recipe(global_batch=32, devices=2, nodes=3))
 
 
 @pytest.mark.slow

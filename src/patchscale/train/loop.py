@@ -46,10 +46,11 @@ from patchscale.train.device import emulates_bfloat16
 from patchscale.train.logs import Logs
 from patchscale.train.memory import images_that_fit, memory_here
 from patchscale.train.observer import EpochReport, Observer, Progress, Result
-from patchscale.train.optimiser import Updates, freeze, images_per_process
+from patchscale.train.optimiser import Updates, freeze
 from patchscale.train.processes import (
     Processes,
     gathered,
+    images_per_process,
     load_optimizer_whole,
     load_weights_whole,
     make_fabric,

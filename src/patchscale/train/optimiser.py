@@ -19,19 +19,6 @@ LR_BATCH = 512
 """Images a step that a scaled learning rate is stated for (published code, main.py)."""
 
 
-def images_per_process(global_batch: int, processes: int) -> int:
-    """Images of an optimiser step on each process, so that their sum is the same on any number of devices.
-
-    Raises:
-        UserError: the processes cannot share the batch equally.
-    """
-    if global_batch % processes:
-        below, above = global_batch // processes * processes, -(-global_batch // processes) * processes
-        near = f"{below} or {above}" if below else f"{above}"
-        raise UserError(f"--global-batch is {global_batch}, which {processes} processes cannot share: try {near}")
-    return global_batch // processes
-
-
 def peak_lr(recipe: Recipe) -> float:
     """The highest learning rate of a run; the published linear rule, lr * global_batch / 512, unless unscaled."""
     return recipe.lr if recipe.unscale_lr else recipe.lr * recipe.global_batch / LR_BATCH

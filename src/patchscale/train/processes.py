@@ -35,7 +35,8 @@ def make_fabric(recipe: Recipe) -> Fabric:
     """Lightning Fabric for the processes that torchrun or Slurm has started, or for as many as the recipe asks for.
 
     Raises:
-        UserError: the recipe asks for other numbers than were started, or for what this machine cannot do.
+        UserError: the recipe asks for other numbers than were started, for processes that cannot share its batch, or
+            for what this machine cannot do.
     """
     device = resolve_device(recipe.device)
     devices, nodes = _counts(recipe)
@@ -51,6 +52,7 @@ def make_fabric(recipe: Recipe) -> Fabric:
         raise UserError(f"--precision 16-mixed needs an NVIDIA GPU, not {device}; bf16-mixed runs everywhere")
     if recipe.strategy == "fsdp" and recipe.precision == "16-mixed":
         raise UserError("--precision 16-mixed does not go with --strategy fsdp; use bf16-mixed")
+    images_per_process(recipe.global_batch, devices * nodes)  # before so many processes are started
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     strategy: Any = "auto"
@@ -92,6 +94,19 @@ def _counts(recipe: Recipe) -> tuple[int, int]:
         if asked is not None and asked != there:
             raise UserError(f"{flag} is {asked}, but {by} started {there}: leave it out")
     return found
+
+
+def images_per_process(global_batch: int, processes: int) -> int:
+    """Images of an optimiser step on each process, so that their sum is the same on any number of devices.
+
+    Raises:
+        UserError: the processes cannot share the batch equally.
+    """
+    if global_batch % processes:
+        below, above = global_batch // processes * processes, -(-global_batch // processes) * processes
+        near = f"{below} or {above}" if below else f"{above}"
+        raise UserError(f"--global-batch is {global_batch}, which {processes} processes cannot share: try {near}")
+    return global_batch // processes
 
 
 def shard(module: Any, mesh: DeviceMesh) -> Any:
