@@ -140,3 +140,11 @@ def test_data_of_other_classes_is_refused_and_of_other_names_for_them_taken_in_o
         evaluate(weights, data=folder("cat", "wolf"))
     assert evaluate(weights, data=folder("chat", "loup"), note=notes.append).scores == own.scores
     assert "class 0 of the weights is 'cat', of the data 'chat'; no name is in both" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [({"batch_size": 0}, "--batch-size is 0"), ({"workers": -1}, "--workers is -1")]
+)
+def test_numbers_that_are_none_are_refused_before_the_weights_are_read(given, message):
+    with pytest.raises(UserError, match=message):
+        evaluate("/no/such/file.pth", **given)

@@ -228,6 +228,7 @@ def test_unreadable_images_are_left_out_on_request_and_said_once(recipe, broken_
     ("changes", "message"),
     [
         ({"global_batch": 1000}, "--global-batch is 1000, more than the 320 images"),
+        ({"global_batch": 1, "mixup": 0.8}, "mix pairs of images: give --global-batch 2 or more"),
         ({"patch_size": 3}, "nearest sizes that fit: 6x6 or 9x9"),
         ({"pixel_swaps": 40}, "--pixel-swaps is 40, an image of 8x8 pixels has 32 pairs"),
         ({"embed_dim": 66, "pos_embed": "sincos"}, "multiple of 4, not 66"),

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,21 @@ def test_a_recipe_survives_json():
         ("ema_decay", 1.0, "--ema-decay"),
         ("clip_grad", 0.0, "--clip-grad"),
         ("seed", -1, "--seed is -1, expected 0 or more"),
+        ("lr", math.inf, "--lr"),
+        ("betas", (1.0, 1.0), "--betas is 1.0 1.0, expected 0 up to"),
+        ("betas", (0.9, math.nan), "--betas"),
+        ("workers", -1, "--workers is -1, expected 0 or more"),
+        ("min_lr", -1.0, "--min-lr"),
+        ("warmup_lr", -1.0, "--warmup-lr"),
+        ("warmup_epochs", -1.0, "--warmup-epochs"),
+        ("warmup_epochs", math.nan, "--warmup-epochs"),
+        ("weight_decay", -1.0, "--weight-decay"),
+        ("weight_decay", math.nan, "--weight-decay"),
+        ("mixup", math.nan, "--mixup"),
+        ("cutmix", -1.0, "--cutmix"),
+        ("color_jitter", -1.0, "--color-jitter"),
+        ("distillation_alpha", 7.0, "--distillation-alpha"),
+        ("distillation_tau", 0.0, "--distillation-tau"),
         ("pixel_swaps", -1, "--pixel-swaps"),
         ("swap_distance", 0, "--swap-distance"),
         ("swap_distance", 2, "--swap-distance is for --pixel-swaps: give both"),

@@ -93,9 +93,13 @@ def evaluate(
         progress: told (images done, images in all).
 
     Raises:
-        UserError: no data set given or recorded, one of other classes, bad weights, or a patch that does not divide
-            the image.
+        UserError: no data set given or recorded, one of other classes, bad weights, a patch that does not divide the
+            image, no images at a time, or fewer than no workers.
     """
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}, expected 1 or more")
+    if workers is not None and workers < 0:
+        raise UserError(f"--workers is {workers}, expected 0 or more")
     place = resolve_device(device)
     loaded = load_model(weights, which, None if flip == "auto" else flip)
     grids = [grid_size(loaded.preprocessing.img_size, size) for size in patch_sizes]

@@ -188,6 +188,10 @@ class _Run:
         share = processes.count, processes.rank
         self.sampler = EpochSampler(len(train_source), recipe.seed, recipe.repeated_aug, *share)
         self.batch = images_per_process(recipe.global_batch, processes.count)
+        if self.batch == 1 and (recipe.mixup or recipe.cutmix):
+            raise UserError(
+                f"--mixup and --cutmix mix pairs of images: give --global-batch {2 * processes.count} or more"
+            )
         if self.batch > len(self.sampler):
             raise UserError(
                 f"--global-batch is {recipe.global_batch}, more than the {len(self.sampler) * processes.count} images "

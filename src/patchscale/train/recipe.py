@@ -1,6 +1,7 @@
 """All of a training run, in one dataclass; each field is a flag of ``patchscale train``."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -188,16 +189,30 @@ class Recipe:
 
     def __post_init__(self) -> None:
         counts = ("epochs", "global_batch", "device_batch", "repeated_aug", "devices", "nodes", "keep_epochs")
-        for name in (*counts, "extend", "lr", "layer_decay", "decoder_depth"):
+        for name in (*counts, "extend", "lr", "layer_decay", "decoder_depth", "distillation_tau"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{_flag(name)} is {value}, expected more than 0")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}, expected 0 or more")
+        for name in (
+            "seed",
+            "workers",
+            "min_lr",
+            "warmup_lr",
+            "warmup_epochs",
+            "weight_decay",
+            "mixup",
+            "cutmix",
+            "color_jitter",
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{_flag(name)} is {value}, expected 0 or more")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas is {self.betas[0]} {self.betas[1]}, expected 0 up to but not including 1, both")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise UserError(f"--crop-scale is {low} {high}, expected 0 < low <= high <= 1")
-        for name in ("hflip", "drop_path", "layer_decay", "random_erasing", "grayscale"):
+        for name in ("hflip", "drop_path", "layer_decay", "random_erasing", "grayscale", "distillation_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{_flag(name)} is {getattr(self, name)}, expected 0 to 1")
         if any(size < 1 for size in self.patch_sizes):
