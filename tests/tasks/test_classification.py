@@ -85,10 +85,16 @@ def test_mixed_targets_are_distributions_and_the_loss_is_their_cross_entropy(mix
     assert ours.item() == pytest.approx(SoftTargetCrossEntropy()(mixed[:, 0, 0], targets).item(), rel=1e-5)
 
 
-def test_mixing_drops_the_odd_image():
-    task = Classification(10, mixup=0.8)
-    mixed, targets = task.augment(torch.randn(5, 3, 4, 4), torch.randint(10, (5,)))
-    assert len(mixed) == len(targets) == 4
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("mixup_batch", [None, 2])
+def test_the_last_of_an_odd_number_of_images_is_not_mixed(count, mixup_batch):
+    images, labels = torch.randn(count, 3, 4, 4), torch.randint(10, (count,))
+    task = Classification(10, smoothing=0.1, mixup=0.8, mixup_batch=mixup_batch)
+    mixed, targets = task.augment(images.clone(), labels)
+    assert len(mixed) == len(targets) == count
+    assert torch.equal(mixed[-1], images[-1])
+    assert not any(torch.equal(*pair) for pair in zip(mixed[:-1], images[:-1], strict=True))
+    torch.testing.assert_close(targets[-1], 0.9 * F.one_hot(labels[-1], 10) + 0.01)
 
 
 @pytest.mark.parametrize("bad", [{"smoothing": 1.0}, {"smoothing": -0.1}, {"mixup": -1.0}])

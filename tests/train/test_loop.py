@@ -224,6 +224,20 @@ def test_unreadable_images_are_left_out_on_request_and_said_once(recipe, broken_
     assert "2.png" in observer.notes[0]
 
 
+def test_a_step_without_images_is_passed_over_and_one_with_a_single_image_not_mixed(recipe, broken_folder):
+    files = sorted((broken_folder / "train").rglob("*.png"))
+    for file in files[1:]:
+        file.write_bytes(b"not an image")
+    observer = Notes()
+    settings = {"data": f"folder:{broken_folder}", "limit_train": None, "global_batch": 2, "skip_unreadable": True}
+    (report,) = train(recipe(**settings, epochs=1, mixup=0.8), observer=observer).reports
+    assert report.step == 4
+    assert sum("none of its 2 images can be read" in note for note in observer.notes) == 3
+    files[0].write_bytes(b"not an image")
+    with pytest.raises(UserError, match="none of the images of epoch 1 can be read"):
+        train(recipe(**settings, epochs=1, output=broken_folder / "run"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

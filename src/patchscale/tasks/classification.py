@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
@@ -82,13 +83,18 @@ class Classification:
         )
 
     def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix a batch: images (n, channels, height, width), labels (n,) or, mixed, (n, num_classes)."""
+        """Mix a batch: images (n, channels, height, width), labels (n,) or, mixed, (n, num_classes).
+
+        Images are mixed in pairs; the last of an odd number stays as it is.
+        """
         if self.mixup is None:
             return images, labels
-        even = len(images) // 2 * 2  # images are mixed in pairs
-        size = self.mixup_batch or even
-        groups = zip(images[:even].split(size), labels[:even].split(size), strict=True)
-        mixed, targets = zip(*(self.mixup(group, group_labels) for group, group_labels in groups), strict=True)
+        even, size = len(images) // 2 * 2, self.mixup_batch or len(images)
+        groups = [slice(start, min(start + size, even)) for start in range(0, even, size)]
+        parts = [self.mixup(images[group], labels[group]) for group in groups]
+        if even < len(images):
+            parts.append((images[even:], mixup_target(labels[even:], self.num_classes, 1, self.mixup.label_smoothing)))
+        mixed, targets = zip(*parts, strict=True)
         return torch.cat(mixed), torch.cat(targets)
 
     def loss(self, model: Callable[[Tensor], Any], images: Tensor, targets: Tensor) -> Tensor:

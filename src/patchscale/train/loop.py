@@ -314,8 +314,10 @@ class _Run:
         self.speed.start()
         batches = self._batches(self.train_loader) if done < self.steps_per_epoch else iter(())
         for index, (images, labels) in enumerate(batches, start=done + 1):
-            if not len(labels):
-                raise UserError(f"none of the {self.batch} images of step {self.step + 1} can be read")
+            if self.recipe.skip_unreadable and self.processes.total(not len(labels))[0]:
+                self.step += 1  # all processes pass over it: they learn together
+                self.observer.note(f"passed over step {self.step:,}: none of its {self.batch} images can be read")
+                continue
             self.speed.has_images()
             _seed(self.recipe.seed, epoch, index, self.processes.rank)
             self.patch_size = draw_patch_size(self.recipe.patch_sizes, self.recipe.seed, epoch, index)
@@ -395,6 +397,8 @@ class _Run:
             )
 
     def _finish_epoch(self, epoch: int) -> None:
+        if not self.seen:
+            raise UserError(f"none of the images of epoch {epoch} can be read")
         if not self.saved_step:  # before results are written, so that they never lie beside no state to go on from
             self._save()
         scores = self._evaluate(self.model, epoch)
