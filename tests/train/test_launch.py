@@ -195,8 +195,10 @@ def task(fake_slurm, monkeypatch):
     """Runs a process of a Slurm job in which training ends with a status; gives the process's own."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
 
-    def run(training, rank: int = 0, state: str = "RUNNING", restarts: int = 0, refusal: str = "") -> int:
-        fake_slurm("squeue", state)
+    def run(
+        training, rank: int = 0, state: str = "RUNNING", restarts: int = 0, refusal: str = "", unknown: int = 0
+    ) -> int:
+        fake_slurm("squeue", state, unknown)
         fake_slurm("scontrol", refusal, int(bool(refusal)))
         monkeypatch.setattr("patchscale.cli.main", training)
         environment = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "9", "SLURM_PROCID": str(rank)}
@@ -231,6 +233,12 @@ def test_only_the_first_process_of_a_stopped_run_requeues_it(task, tmp_path):
 def test_a_job_that_slurm_stops_or_somebody_cancels_is_left_to_slurm(task, tmp_path, state):
     assert task(lambda arguments: INTERRUPTED, state=state) == 0
     assert len(calls(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("said", ["slurm_load_jobs error: Socket timed out on send/recv operation", ""])
+def test_a_job_whose_state_slurm_does_not_tell_is_requeued(task, tmp_path, said):
+    assert task(lambda arguments: INTERRUPTED, state=said, unknown=1) == 0
+    assert calls(tmp_path)[-1] == "scontrol requeue 8_1"
 
 
 def test_requeues_have_a_limit(task, tmp_path, capsys):

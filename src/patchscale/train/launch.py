@@ -299,8 +299,9 @@ def _train_on_slurm(arguments: list[str], max_requeues: int) -> None:
 
 def _requeue(job_id: str, max_requeues: int) -> bool:
     """Queue this job again, unless Slurm does so itself or somebody has cancelled it."""
-    state = _slurm("squeue", "--noheader", "--jobs", job_id, "--format", "%T")
-    if state != "RUNNING":
+    status, state = _slurm("squeue", "--noheader", "--jobs", job_id, "--format", "%T")
+    # A busy controller may not answer: then nothing is known against requeueing.
+    if status == 0 and state != "RUNNING":
         print(f"stopped by Slurm ({state}): not requeued from here", flush=True)
         return True
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -308,16 +309,17 @@ def _requeue(job_id: str, max_requeues: int) -> bool:
         print(f"requeued {requeued} times, the most allowed: the same command goes on", flush=True)
         return False
     print(f"requeueing job {job_id}", flush=True)
-    answer = _slurm("scontrol", "requeue", job_id)
-    if answer:
+    status, answer = _slurm("scontrol", "requeue", job_id)
+    if status or answer:
         print(f"not requeued, the same command goes on: {answer}", flush=True)
-    return not answer
+        return False
+    return True
 
 
-def _slurm(*command: str) -> str:
-    """What a Slurm command prints."""
+def _slurm(*command: str) -> tuple[int, str]:
+    """A Slurm command's exit status and what it prints."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    return done.stdout.strip()
+    return done.returncode, done.stdout.strip()
 
 
 def _answer_signals(answer: Any) -> None:
