@@ -13,12 +13,13 @@ def starts_of(folder) -> list[dict]:
 
 
 def test_a_folder_says_what_ran_how_and_where(tmp_path):
-    describe_run(tmp_path, {"model": "m", "lr": 0.1}, ["patchscale", "train", "--output", "my run"])
+    describe_run(tmp_path, {"model": "m", "lr": 0.1}, ["patchscale", "train", "--output", "my run"], processes=4)
     assert json.loads((tmp_path / "recipe.json").read_text()) == {"model": "m", "lr": 0.1}
     (start,) = starts_of(tmp_path)
     assert start["command"] == "patchscale train --output 'my run'"
+    assert start["processes"] == 4
     assert {"python", "torch", "torchvision", "timm", "patchscale", "tensorboard"} <= start["versions"].keys()
-    assert all(start[key] for key in ("time", "host", "devices", "cpu", "threads", "processes", "platform", "folder"))
+    assert all(start[key] for key in ("time", "host", "devices", "cpu", "threads", "platform", "folder"))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["recipe.json", "run.json"]
 
 

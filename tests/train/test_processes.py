@@ -71,6 +71,7 @@ def test_two_processes_train_as_one_and_score_each_image_once(one, tmp_path, str
     assert done.stdout.count("over 101 images") == result.reports.__len__() * 2 + 2  # said by one process
     assert_same_training(result.folder, two.output)
     assert result.scores.images == 101
+    assert json.loads((two.output / "run.json").read_text())["starts"][0]["processes"] == 2
 
 
 @pytest.mark.slow

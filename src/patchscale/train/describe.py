@@ -27,7 +27,11 @@ _PACKAGES = ("patchscale", "torch", "torchvision", "timm")
 
 
 def describe_run(
-    folder: Path, recipe: Mapping[str, Any], command: Sequence[str] | None, trackers: Sequence[str] = ("tensorboard",)
+    folder: Path,
+    recipe: Mapping[str, Any],
+    command: Sequence[str] | None,
+    trackers: Sequence[str] = ("tensorboard",),
+    processes: int = 1,
 ) -> None:
     """Write ``recipe.json`` and, to ``run.json``, how this start of the run came about.
 
@@ -38,6 +42,7 @@ def describe_run(
         recipe: resolved; plain values.
         command: the command line; None for a run started from Python.
         trackers: in use; their versions are written down too.
+        processes: how many train together.
 
     Raises:
         UserError: a file cannot be written.
@@ -59,7 +64,7 @@ def describe_run(
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes": processes,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
     _write_json(folder / RUN, {"starts": [*_starts(folder / RUN), start]})

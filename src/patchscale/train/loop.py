@@ -270,7 +270,7 @@ class _Run:
             if self.is_new:
                 self.held.enter_context(locked(self.folder))
             prepare_folder(self.folder)
-            describe_run(self.folder, recipe.to_dict(), command, recipe.trackers)
+            describe_run(self.folder, recipe.to_dict(), command, recipe.trackers, self.processes.count)
         if self.epochs_done >= recipe.epochs:
             self.observer.note(f"{self.folder} is finished: it has run its {recipe.epochs} epochs")
             return self._result()
