@@ -66,13 +66,13 @@ def predict(
     if model.num_classes:
         names = loaded.classes or _imagenet_names(logits.shape[1])
         for share, index in zip(*logits.softmax(1)[0].topk(min(top, logits.shape[1])), strict=True):
-            console.out.print(f"{100 * share:6.2f}%  {names[index]}", highlight=False)
+            console.out.print(f"{100 * share:6.2f}%  {names[index]}")
     if features is not None:
         make_folder(features.resolve().parent)
         shown = loaded.preprocessing.visible(picture)
         written = token_picture(shown, last[0].float().cpu())
         write_atomically(features, lambda path: written.save(path, format=form))
-        console.out.print(f"wrote {features}", highlight=False)
+        console.out.print(f"wrote {features}")
 
 
 def models(pattern: tyro.conf.Positional[str] = "*_224") -> None:
@@ -116,7 +116,7 @@ def convert(source: tyro.conf.Positional[str], destination: tyro.conf.Positional
     from patchscale.models.weights import convert as run
 
     for path in run(source, destination, which):
-        console.out.print(f"wrote {path}", highlight=False)
+        console.out.print(f"wrote {path}")
 
 
 def bench(kind: tyro.conf.Positional[Kind], options: tyro.conf.OmitArgPrefixes[Options]) -> None:
@@ -169,7 +169,7 @@ def report(
     from patchscale.scaling.report import write_report
 
     for path in write_report(results, out, confidence, data):
-        console.out.print(f"wrote {path}", highlight=False)
+        console.out.print(f"wrote {path}")
 
 
 def plan(arguments: list[str]) -> None:
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if not arguments or arguments[0] in ("-h", "--help"):
-        console.out.print(_usage(), highlight=False)
+        console.out.print(_usage())
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
     try:
@@ -286,7 +286,7 @@ def _usage() -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    console.err.print(f"patchscale: {message}", highlight=False, markup=False)
+    console.err.print(f"patchscale: {message}")
     return status
 
 

@@ -15,14 +15,14 @@ err = Console(stderr=True, **_PLAIN)  # type: ignore[arg-type]
 
 def note(text: str) -> None:
     """A remark beside the results."""
-    err.print(f"note: {text}", highlight=False, markup=False)
+    err.print(f"note: {text}")
 
 
 def print_whole(what: Any) -> None:
     """A line of a table that the terminal wraps is better than a number cut off."""
     if isinstance(what, Table):
         make_room(Measurement.get(out, out.options.update(max_width=1000), what).maximum)
-    out.print(what, highlight=False)
+    out.print(what)
 
 
 def make_room(characters: int) -> None:

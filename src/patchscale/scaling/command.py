@@ -53,18 +53,18 @@ def fit(
     if coarse and all(len(series.patches) < 4 for series in found):
         raise UserError(f"--coarse {' '.join(map(str, coarse))}: needs 3 patch sizes, and a finer one left to predict")
     for series in found:
-        console.print(f"\n{series.name}", style="bold", highlight=False)
+        console.print(f"\n{series.name}", style="bold")
         if len(series.patches) > 2:
             _print_law(series, of, axis, confidence, coarse, console)
         else:
             console.print(f"No law is fitted to {len(series.patches)} patch sizes; it needs 3 or more.")
         sentences = [str(step) for step in steps(series, groups, confidence)]
         for sentence in sentences:
-            console.print(sentence, highlight=False)
+            console.print(sentence)
         if any("±" in sentence for sentence in sentences):
-            console.print(f"(± in these sentences: {100 * confidence:g}% intervals.)", highlight=False)
+            console.print(f"(± in these sentences: {100 * confidence:g}% intervals.)")
         if len(series.patches) > 2 and series.patches[-1] > 1:
-            console.print(outlook(series, confidence), highlight=False)
+            console.print(outlook(series, confidence))
     for data in dict.fromkeys(group.first.data for group in groups):
         console.print(_frontier_table(data, [group for group in groups if group.first.data == data]))
 
@@ -74,7 +74,7 @@ def _print_law(
 ) -> None:
     fitted = fit_series(series, of, axis, confidence)
     console.print(_forms_table(fitted, of))
-    console.print(fitted.words, highlight=False)
+    console.print(fitted.words)
     for run in fitted.drawn_in:
         console.print(f"A run at {axis} {fitted.x[run]:g} is far from its fellows, and was drawn in to them.")
     used, scores = score_series(series, of, coarse, confidence)
@@ -177,7 +177,7 @@ def _scores_table(title: str, scores: dict[str, list[Scored]], confidence: float
 
 
 def _print_published(confidence: float, console: Console) -> None:
-    console.print("Published figures, read off arXiv 2502.03738; single runs, none of them ours.", highlight=False)
+    console.print("Published figures, read off arXiv 2502.03738; single runs, none of them ours.")
     table = Table("panel", "L_inf", "alpha", "alpha of the figure's axes", "power law's", "verdict")
     for panel in fitted_panels(confidence):
         law = panel.fit.law
@@ -200,5 +200,4 @@ def _print_published(confidence: float, console: Console) -> None:
     console.print(
         f"{inside} of {len(every)} lie in their interval; the predictions are off by {off:.2f} points in the mean. The "
         "intervals hold a run's scatter alone, not that the law itself is inexact.",
-        highlight=False,
     )

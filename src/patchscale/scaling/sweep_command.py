@@ -55,7 +55,7 @@ def sweep(arguments: list[str]) -> None:
     if given.show:
         for each in study.runs:
             epochs = " + ".join(str(stage.epochs) for stage in each.stages.values())
-            console.out.print(f"{each.name}  ({each.control}, {epochs} epochs)", highlight=False)
+            console.out.print(f"{each.name}  ({each.control}, {epochs} epochs)")
         return
     folder = given.output or Path("runs") / study.name
     if given.slurm is not None:
@@ -65,8 +65,8 @@ def sweep(arguments: list[str]) -> None:
         cells = run_study(study, folder, given.jobs, watch)
     console.make_room(RESULTS_WIDTH)
     console.out.print(results_table(cells))
-    console.out.print(f"{len(cells)} runs in {folder / 'results.jsonl'}", highlight=False)
-    console.out.print(f"read them: patchscale report {folder} --out {folder / 'report.html'}", highlight=False)
+    console.out.print(f"{len(cells)} runs in {folder / 'results.jsonl'}")
+    console.out.print(f"read them: patchscale report {folder} --out {folder / 'report.html'}")
 
 
 def _submit(study: Study, folder: Path, flags: str, at_once: int | None) -> None:
@@ -74,11 +74,11 @@ def _submit(study: Study, folder: Path, flags: str, at_once: int | None) -> None
     prepare(study, folder)
     runs = list(runs_to_launch(study, folder))
     if not runs:
-        console.out.print("all runs are finished", highlight=False)
+        console.out.print("all runs are finished")
         return
     jobs = submit_array(runs, options, at_once or len(runs), folder / "logs")
     first, last = jobs[0].job_id, jobs[-1].job_id
-    console.out.print(f"{len(jobs)} jobs: {first} to {last}, logs in {folder / 'logs'}", highlight=False)
+    console.out.print(f"{len(jobs)} jobs: {first} to {last}, logs in {folder / 'logs'}")
 
 
 @contextlib.contextmanager
@@ -95,7 +95,7 @@ def _table_while_it_runs() -> Iterator[Callable[[list[State], float | None], Non
                 told.add(state.run.name)
                 top1 = "" if state.top1 is None else f"  top-1 {state.top1:.2f}%"
                 left = "" if seconds_left is None else f"  ({console.duration(seconds_left)} left)"
-                console.err.print(f"{state.run.name}  {state.state}{top1}{left}", highlight=False)
+                console.err.print(f"{state.run.name}  {state.state}{top1}{left}")
 
     with Live(console=console.err, transient=True, refresh_per_second=4) as live:
         yield watch

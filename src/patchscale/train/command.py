@@ -143,12 +143,12 @@ def launch(arguments: list[str]) -> None:
     if not training:
         raise UserError(f"launch {flags[0]} what? After --, write what follows `patchscale train`: -- --recipe NAME")
     job = submit(training, options)
-    console.out.print(f"job {job.job_id} trains in {job.folder}", highlight=False)
-    console.out.print(f"watch it:  tail -F {shlex.quote(str(job.log))}", highlight=False)
+    console.out.print(f"job {job.job_id} trains in {job.folder}")
+    console.out.print(f"watch it:  tail -F {shlex.quote(str(job.log))}")
     slurm = isinstance(options, Slurm)
     if slurm:
-        console.out.print(f"its state: squeue --jobs {job.job_id}", highlight=False)
-    console.out.print(f"stop it:   {'scancel' if slurm else 'kill'} {job.job_id}", highlight=False)
+        console.out.print(f"its state: squeue --jobs {job.job_id}")
+    console.out.print(f"stop it:   {'scancel' if slurm else 'kill'} {job.job_id}")
 
 
 class _Display(Observer):
@@ -180,17 +180,17 @@ class _Display(Observer):
         line = f"{self.stage}epoch {report.epoch}  train loss {report.train_loss:.4f}  {report.scores}"
         if report.ema_scores is not None:
             line += f"  (average of weights: {report.ema_scores})"
-        console.out.print(line + f"  {report.seconds:.0f} s", highlight=False)
+        console.out.print(line + f"  {report.seconds:.0f} s")
 
 
 def _print_result(result: Result, stage: str = "") -> None:
     if not result.is_first:
         return
     best = next((r for r in result.reports if r.epoch == result.best_epoch), None)
-    console.out.print(f"{stage}last: {result.scores}  {result.folder / 'last.pt'}", highlight=False)
+    console.out.print(f"{stage}last: {result.scores}  {result.folder / 'last.pt'}")
     if best is not None:
         text = f"{stage}best: {best.scores} in epoch {best.epoch}  {result.folder / 'best.pt'}"
-        console.out.print(text, highlight=False)
+        console.out.print(text)
 
 
 def _print_recipe(stages: dict[str, Recipe], published: dict[str, Any]) -> None:
@@ -198,12 +198,12 @@ def _print_recipe(stages: dict[str, Recipe], published: dict[str, Any]) -> None:
     defaults = Recipe("", "").to_dict()
     for number, (stage, recipe) in enumerate(stages.items(), start=1):
         if stage:
-            console.out.print(f"{number} {stage}", highlight=False)
+            console.out.print(f"{number} {stage}")
         for field, value in recipe.to_dict().items():
             if value != defaults[field]:
-                console.out.print(f"  {field} = {value}", highlight=False, markup=False)
+                console.out.print(f"  {field} = {value}")
     for key, value in published.items():
-        console.out.print(f"published {key}: {value}", highlight=False, markup=False)
+        console.out.print(f"published {key}: {value}")
 
 
 def evaluate(
@@ -272,6 +272,6 @@ def evaluate(
             table.add_row(str(at.patch_size), f"{at.patches:,}", gflop, f"{1e3 * at.seconds:.3g}", *figures)
         console.out.print(table)
         return
-    console.out.print(str(found.scores) + (f"  (flip {found.flip})" if found.flip else ""), highlight=False)
+    console.out.print(str(found.scores) + (f"  (flip {found.flip})" if found.flip else ""))
     if found.recorded is not None:
-        console.out.print(f"training recorded: {found.recorded}", highlight=False)
+        console.out.print(f"training recorded: {found.recorded}")
