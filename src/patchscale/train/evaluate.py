@@ -20,7 +20,7 @@ from patchscale.tasks.masked_autoencoding import MaskedAutoencoding
 from patchscale.train.build import make_loader, refuse_or_note
 from patchscale.train.checkpoint import load_autoencoder, load_model
 from patchscale.train.device import autocast, resolve_device
-from patchscale.train.memory import images_that_fit
+from patchscale.train.memory import images_that_fit, memory_here, tight
 from patchscale.train.recipe import Precision
 from patchscale.train.speed import forward_flops
 
@@ -131,6 +131,9 @@ def evaluate(
             batch_size = images_that_fit(
                 loaded.model, loaded.preprocessing.img_size, batch_size, precision, patch_sizes
             )
+            if not batch_size:
+                note(tight(memory_here()))
+                batch_size = 1
     dtype = torch.float64 if precision == "64-true" else torch.float32
     model: Any = (painter or loaded.model).to(place, dtype)
     task = Classification(len(source.classes)) if painter is None else MaskedAutoencoding(painter)

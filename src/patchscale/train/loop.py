@@ -44,7 +44,7 @@ from patchscale.train.checkpoint import BEST, LAST, join_weights, save_checkpoin
 from patchscale.train.describe import describe_run, plot_curves
 from patchscale.train.device import emulates_bfloat16
 from patchscale.train.logs import Logs
-from patchscale.train.memory import images_that_fit, memory_here
+from patchscale.train.memory import images_that_fit, memory_here, tight
 from patchscale.train.observer import EpochReport, Observer, Progress, Result
 from patchscale.train.optimiser import Updates, freeze
 from patchscale.train.processes import (
@@ -256,12 +256,14 @@ class _Run:
         fit = images_that_fit(
             model, self.preprocessing.img_size, self.batch, recipe.precision, recipe.patch_sizes, memory
         )
-        if fit < self.batch:
+        if not fit:
+            self.observer.note(tight(memory))
+        elif fit < self.batch:
             self.observer.note(
                 f"{self.batch:,} images at a time may need more than half of the {memory / 2**30:.3g} GiB of memory: "
                 f"a step takes {fit} at a time, with the same result (--device-batch says otherwise)"
             )
-        return fit
+        return max(1, fit)
 
     def run(self, command: list[str] | None) -> Result:
         recipe = self.recipe

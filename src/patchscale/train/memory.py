@@ -28,7 +28,7 @@ def images_that_fit(
     patch_sizes: tuple[int, ...] = (),
     memory: int | None = None,
 ) -> int:
-    """How many of a step's images are computed at once, at most; by the cost model, within half of the memory.
+    """How many of a step's images fit at once, at most; by the cost model, within half of the memory. 0: not even one.
 
     It depends on the machine, not on what else runs there, so that a run that goes on is cut as it was.
 
@@ -55,7 +55,15 @@ def images_that_fit(
         return training_cost(model, img_size, number, precision).peak
 
     peak = peak_of(images)
-    return images if peak <= room else max(1, largest_batch(peak_of, room, (images, peak)))
+    return images if peak <= room else largest_batch(peak_of, room, (images, peak))
+
+
+def tight(memory: int) -> str:
+    """What to say where not one image fits. The estimate may be too high: it is tried all the same."""
+    return (
+        f"a single image may need more than half of the {memory / 2**30:.3g} GiB of memory, and the system may end "
+        "this without a word: larger patches, smaller images or a smaller --extend need less"
+    )
 
 
 def largest_batch(peak_of: Callable[[int], int], room: int, known: tuple[int, int]) -> int:
