@@ -248,6 +248,23 @@ def test_a_last_stage_that_freezes_what_is_not_there_is_found_before_the_first_o
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_augment": "nonsense"}, "--auto-augment 'nonsense' is no policy"),
+        ({"data": "folder:/nonexistent"}, "/nonexistent"),
+        ({"trackers": ("foo",)}, "there is no tracker 'foo'"),
+        ({"global_batch": 65}, "--global-batch is 65, more than the 64"),
+        ({"which": "ema"}, "--which ema is of stage finer, which keeps no average"),
+    ],
+)
+def test_what_a_last_stage_cannot_have_is_found_before_the_first_one_runs(three, tmp_path, changes, message):
+    stages = three | {"finer": replace(three["finer"], ema_decay=None), "pixels": replace(three["pixels"], **changes)}
+    with pytest.raises(UserError, match=rf"stage pixels: .*{message}"):
+        list(run_stages(stages, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_of_ones_own_builds_on_another(tmp_path):
     (tmp_path / "mine.toml").write_text(
         'base = "adventurer_base_patch16"\nstages = ["finetune", "extra"]\n'

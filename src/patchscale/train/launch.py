@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 from patchscale.errors import INTERRUPTED, UserError, first_line
 from patchscale.files import make_folder
 from patchscale.train.command import read_train
-from patchscale.train.stages import check_model
+from patchscale.train.stages import check_recipe
 
 _FOREVER_MINUTES = 10 * 365 * 24 * 60
 
@@ -184,7 +184,7 @@ def _check_options(options: Slurm | Local) -> None:
 def _check_train(arguments: Sequence[str]) -> None:
     """Find out now what would otherwise end the job after its hours in the queue; data may be out of sight here."""
     for recipe in read_train(list(arguments)):
-        check_model(recipe)
+        check_recipe(recipe)
 
 
 def _place(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

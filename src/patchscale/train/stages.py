@@ -21,10 +21,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import Dataset
 
+from patchscale.data.sources import Source
 from patchscale.errors import UserError, first_line
-from patchscale.train.build import create_model, size_arguments, trained_module
+from patchscale.train.build import (
+    create_model,
+    open_sources,
+    preprocessing_for,
+    size_arguments,
+    trained_module,
+    training_transform,
+)
 from patchscale.train.checkpoint import LAST, has_training_state, read_training_state
+from patchscale.train.logs import check_trackers
 from patchscale.train.loop import train
 from patchscale.train.observer import Observer, Result
 from patchscale.train.optimiser import freeze
@@ -155,26 +165,40 @@ def run_stages(
     names = list(stages)
     chosen = names if only is None else [_choose(names, only)]
     folders = {name: folder / f"{i}_{name}" for i, name in enumerate(names, start=1)}
+
+    def follows(name: str) -> bool:
+        """Whether a stage starts from the one before."""
+        return name != names[0] and (only is None or stages[name].weights is None)
+
+    def before(name: str) -> str:
+        return names[names.index(name) - 1]
+
+    opened = {stages[chosen[0]].data}  # by the first stage itself
     for name in chosen:
+        recipe = stages[name]
         try:
-            check_model(stages[name])
+            check_recipe(recipe)
+            if recipe.data not in opened:
+                open_sources(recipe)
+                opened.add(recipe.data)
+            if follows(name) and recipe.which == "ema" and stages[before(name)].ema_decay is None:
+                raise UserError(f"--which ema is of stage {before(name)}, which keeps no average: give it --ema-decay")
         except UserError as e:
             raise UserError(f"stage {name}: {e}") from e
     for name in chosen:
         recipe, place = replace(stages[name], output=folders[name]), folders[name]
         state = _state(place)
-        follows = name != names[0] and (only is None or recipe.weights is None)
-        if state is not None and follows:
+        if state is not None and follows(name):
             recipe = replace(recipe, weights=state["recipe"]["weights"])
-        elif follows:
-            before = names[names.index(name) - 1]
-            finished = _state(folders[before])
-            if finished is None or finished["epoch"] < stages[before].epochs:
+        elif follows(name):
+            earlier = before(name)
+            finished = _state(folders[earlier])
+            if finished is None or finished["epoch"] < stages[earlier].epochs:
                 raise UserError(
-                    f"stage {name} starts from the weights of stage {before}, which is not finished in "
-                    f"{folders[before]}: run that first, or give --weights"
+                    f"stage {name} starts from the weights of stage {earlier}, which is not finished in "
+                    f"{folders[earlier]}: run that first, or give --weights"
                 )
-            recipe = replace(recipe, weights=str(folders[before] / LAST))
+            recipe = replace(recipe, weights=str(folders[earlier] / LAST))
         yield StageResult(name, place, train(recipe, None, observer(name), override, command))
 
 
@@ -187,16 +211,24 @@ def _choose(names: list[str], only: str) -> str:
     raise UserError(f"--stage is {only}, expected one of {listed}")
 
 
-def check_model(recipe: Recipe) -> None:
-    """Make a recipe's model without memory, to find out what is wrong with it before anything runs.
+def check_recipe(recipe: Recipe) -> None:
+    """Find out what is wrong with a recipe, as far as that takes neither data nor weights, before anything runs.
+
+    Its model is made without memory.
 
     Raises:
-        UserError: there is no such model, or the task or the parts to freeze do not fit it.
+        UserError: there is no such model, augmentation or tracker, the task or the parts to freeze do not fit the
+            model, or a step has more images than there are.
     """
     positions = {} if recipe.pos_embed is None else {"pos_embed": recipe.pos_embed}
     with torch.device("meta"):
-        module = trained_module(recipe, create_model(recipe.model, size_arguments(recipe) | positions))
+        model = create_model(recipe.model, size_arguments(recipe) | positions)
+        module = trained_module(recipe, model)
     freeze(module, recipe.freeze)
+    training_transform(recipe, preprocessing_for(recipe, model, Source(Dataset(), ())))
+    check_trackers(recipe.trackers)
+    if recipe.limit_train is not None and recipe.global_batch > recipe.limit_train:
+        raise UserError(f"--global-batch is {recipe.global_batch}, more than the {recipe.limit_train} of --limit-train")
 
 
 def _state(folder: Path) -> dict[str, Any] | None:
