@@ -1,3 +1,4 @@
+import multiprocessing
 import subprocess
 import sys
 
@@ -6,9 +7,10 @@ import timm
 import torch
 from PIL import Image
 
+from patchscale.data.sources import open_source
 from patchscale.data.transforms import Preprocessing
 from patchscale.errors import UserError
-from patchscale.train.build import create_model, make_task, make_teacher, open_sources, prepare_folder
+from patchscale.train.build import create_model, make_loader, make_task, make_teacher, open_sources, prepare_folder
 from patchscale.train.loop import train
 from patchscale.train.recipe import Recipe
 
@@ -123,3 +125,23 @@ train(Recipe("adventurer_tiny_patch4", "digits", img_size=8, embed_dim=32, depth
     ended = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 1
     assert "nobody foresaw this" in ended.stderr
+
+
+def _stopped_in_the_middle(data):
+    loader = make_loader(
+        open_source(data, "val"), Preprocessing((8, 8), 1, (0.5,), (0.5,), 1.0).transform(), 8, 1, torch.device("cpu")
+    )
+    batches = iter(loader)
+    next(batches)
+    sys.exit(75)
+
+
+def test_a_process_of_multiprocessing_ends_though_its_workers_ignore_signals():
+    """Each run of a sweep is one: a sweep that was told to stop waited for ever."""
+    process = multiprocessing.get_context("forkserver").Process(target=_stopped_in_the_middle, args=("digits",))
+    process.start()
+    process.join(60)
+    try:
+        assert process.exitcode == 75
+    finally:
+        process.kill()

@@ -1,7 +1,7 @@
 """From a recipe to the parts of its run: folder, data, model, task."""
 
-import atexit
 import multiprocessing
+import multiprocessing.util
 import signal
 import time
 from collections.abc import Callable
@@ -279,6 +279,8 @@ def make_loader(
     """
     training = isinstance(sampler, EpochSampler)
     workers = default_workers(device) if workers is None else workers
+    if workers:  # not atexit: that comes too late where this process is itself one of multiprocessing's
+        multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
     return DataLoader(
         EncodedFiles(source) if transform is None else Transformed(source, transform),
         batch_size,
@@ -300,9 +302,8 @@ def _leave_signals_to_the_run(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
 def _end_workers() -> None:
-    """After an error nobody caught, workers are still there; what ends them by default is the signal they ignore."""
+    """After an error or a signal, workers are still there; what ends them by default is the signal they ignore."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
