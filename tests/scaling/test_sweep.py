@@ -123,7 +123,9 @@ def test_a_run_that_fails_is_named_and_the_others_finish(tmp_path):
     study = make_study({"all": TINY | {"epochs": 1, "patch_size": 8, "lr": [1e-3, 2e-3]}}, "s")
     bad = replace(study.runs[0].stages["train"], global_batch=100)
     study = replace(study, runs=(replace(study.runs[0], stages={"train": bad}), study.runs[1]))
-    with pytest.raises(UserError, match=r"lr0\.001 failed: --global-batch is 100, more than the 64 images"):
+    with pytest.raises(
+        UserError, match=r"lr0\.001 failed: stage train: --global-batch is 100, more than the 64 of --limit-train"
+    ):
         sweep(study, tmp_path, 2)
     assert [is_finished(run, tmp_path) for run in study.runs] == [False, True]
 

@@ -125,6 +125,7 @@ train(Recipe("adventurer_tiny_patch4", "digits", img_size=8, embed_dim=32, depth
     ended = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 1
     assert "nobody foresaw this" in ended.stderr
+    assert "killed by signal" not in ended.stderr
 
 
 def _stopped_in_the_middle(data):

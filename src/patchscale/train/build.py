@@ -1,5 +1,6 @@
 """From a recipe to the parts of its run: folder, data, model, task."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.util
 import signal
@@ -281,7 +282,7 @@ def make_loader(
     workers = default_workers(device) if workers is None else workers
     if workers:  # not atexit: that comes too late where this process is itself one of multiprocessing's
         multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
-    return DataLoader(
+    return _Loader(
         EncodedFiles(source) if transform is None else Transformed(source, transform),
         batch_size,
         sampler=sampler,
@@ -296,14 +297,33 @@ def make_loader(
     )
 
 
+class _Loader(DataLoader):
+    """Holds signals back while it starts workers: one that came before they ignore it would end them."""
+
+    def __iter__(self) -> Any:
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C and a scheduler's signals reach every process of the group; the run decides when its workers end."""
-    for number in stop_signals():
+    stopping = stop_signals()
+    for number in stopping:
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping)
 
 
 def _end_workers() -> None:
     """After an error or a signal, workers are still there; what ends them by default is the signal they ignore."""
+    if hasattr(signal, "SIGCHLD"):
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would complain of each that is killed
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
